@@ -1,0 +1,20 @@
+"""Data sets as Lightning DataModules; names are imported when used, since lightning takes seconds."""
+
+from importlib import import_module
+
+_HOME = {
+    "Scenes": "pmpseg.data.scenes",
+    "FolderData": "pmpseg.data.folder",
+    "SegmentationData": "pmpseg.data.base",
+}
+__all__ = ["FolderData", "Scenes", "SegmentationData"]
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'pmpseg.data' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,191 @@
+"""What every data set shares: its items and batches, prompts for training, samplers, and the DataModule.
+
+An item is a dict: image (3, H, W) uint8, labels (H, W) int64 with 255 = ignore, name str, index int, prompts
+(a list of K strings, "" = padding), prompt_class (K,) int64 (-1 where a prompt is no class), and, where
+prompts are phrases or classes that overlap, prompt_masks (K, H, W) bool and phrase_kind (K strings). In
+evaluation labels and prompt_masks may be larger than the image: answers are scored at the image's own size.
+
+Everything random in an item comes from (seed, epoch, index), and the sampler hands out (epoch, index) pairs.
+So the epoch reaches workers that live on between epochs, without state shared between processes or a race
+with prefetching, and a batch is the same for any number of workers.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+import torch.distributed
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
+
+from pmpseg.errors import InputError
+from pmpseg.vocabulary import Vocabulary
+
+IGNORE = 255
+
+
+class SegmentationData(LightningDataModule):
+    """Loaders of batches (see ``collate``) over the data sets that a subclass gives.
+
+    A subclass sets ``vocabulary`` and gives ``dataset(split)`` for "train", "val" and "test". ``image_size``
+    is the short side at which the network works; ``num_prompts`` (K) the prompts of a training image, None
+    for all classes. Batches of several images in evaluation need images of one size.
+    """
+
+    vocabulary: Vocabulary
+
+    def __init__(
+        self,
+        image_size: int,
+        num_prompts: int | None = None,
+        batch_size: int = 8,
+        eval_batch_size: int = 1,
+        num_workers: int = 2,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.image_size = image_size
+        self.num_prompts = num_prompts
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+
+    def dataset(self, split: str) -> "SegmentationDataset":
+        raise NotImplementedError
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled anew in each epoch; the last incomplete batch is dropped."""
+        dataset = self.dataset("train")
+        sampler = EpochSampler(dataset, self.seed)
+        if len(sampler) < self.batch_size:
+            raise InputError(
+                f"{len(sampler)} training images make no batch of {self.batch_size}: lower batch_size"
+            )
+        return self._loader(dataset, sampler, self.batch_size, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._eval_dataloader("val")
+
+    def test_dataloader(self) -> DataLoader:
+        return self._eval_dataloader("test")
+
+    def _eval_dataloader(self, split: str) -> DataLoader:
+        dataset = self.dataset(split)
+        return self._loader(dataset, UnpaddedSampler(dataset), self.eval_batch_size, drop_last=False)
+
+    def _loader(
+        self, dataset: Dataset, sampler: DistributedSampler, batch_size: int, drop_last: bool
+    ) -> DataLoader:
+        return DataLoader(
+            dataset,
+            batch_size,
+            sampler=sampler,
+            drop_last=drop_last,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            collate_fn=collate,
+        )
+
+
+class SegmentationDataset(Dataset):
+    """Items by index, or by (epoch, index) in a training loader; subclasses give ``item``, ``__len__``."""
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        return self.item(index, epoch)
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def item(self, index: int, epoch: int) -> dict:
+        raise NotImplementedError
+
+
+class EpochSampler(DistributedSampler):
+    """A new order in each epoch, as (epoch, index) pairs, shared out among the ranks.
+
+    Lightning calls ``set_epoch``, and leaves a DistributedSampler as it is.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int) -> None:
+        rank, world_size = _rank_and_world_size()
+        super().__init__(dataset, world_size, rank, shuffle=True, seed=seed, drop_last=True)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((self.epoch, index) for index in super().__iter__())
+
+
+class UnpaddedSampler(DistributedSampler):
+    """Each index once, in order, over all ranks: the usual sampler repeats some, which then count twice.
+
+    Ranks may have different numbers of batches, so an evaluation step must not wait for the other ranks.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        rank, world_size = _rank_and_world_size()
+        super().__init__(dataset, world_size, rank, shuffle=False)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.rank, len(self.dataset), self.num_replicas))
+
+    def __len__(self) -> int:
+        return len(range(self.rank, len(self.dataset), self.num_replicas))
+
+
+def collate(samples: list[dict]) -> dict:
+    """B items -> image (B, 3, H, W), labels (B, H, W), index (B,), prompt_class (B, K) and, where the items
+    have them, prompt_masks (B, K, H, W) as tensors; name, prompts and phrase_kind as lists of B.
+    """
+    for key in ("image", "labels"):
+        shapes = sorted({tuple(sample[key].shape[-2:]) for sample in samples})
+        if len(shapes) > 1:
+            raise InputError(
+                f"{key} of {shapes[0]} and {shapes[1]} pixels make no batch: set eval_batch_size to 1"
+            )
+    tensors = [key for key in ("image", "labels", "prompt_class", "prompt_masks") if key in samples[0]]
+    lists = [key for key in ("name", "prompts", "phrase_kind") if key in samples[0]]
+    batch = {key: torch.stack([torch.as_tensor(sample[key]) for sample in samples]) for key in tensors}
+    batch["index"] = torch.tensor([sample["index"] for sample in samples])
+    return batch | {key: [sample[key] for sample in samples] for key in lists}
+
+
+def choose_prompts(
+    present: Iterable[int],
+    vocabulary: Vocabulary,
+    num_prompts: int | None,
+    rng: np.random.Generator,
+) -> tuple[list[str], np.ndarray]:
+    """Prompts of one training image: K strings, padded with "", and their classes (K,) int64, padded with -1.
+
+    K is ``num_prompts`` whatever the image (None: the number of seen classes). First come the classes
+    ``present``, then absent ones as negatives, a random choice of each where there is no room for all; then
+    the order is shuffled, and each class speaks through a random synonym. Unseen classes and 255 are left
+    out.
+    """
+    seen = np.array(vocabulary.seen)
+    size = len(seen) if num_prompts is None else num_prompts
+    is_present = np.isin(seen, np.array(list(present), dtype=np.int64))
+    ranked = np.concatenate([rng.permutation(seen[is_present]), rng.permutation(seen[~is_present])])
+    chosen = rng.permutation(ranked[:size])
+    prompts = [str(rng.choice(vocabulary.synonyms[index])) for index in chosen]
+    padding = size - len(chosen)
+    return prompts + [""] * padding, np.concatenate([chosen, np.full(padding, -1)]).astype(np.int64)
+
+
+def all_prompts(vocabulary: Vocabulary) -> tuple[list[str], np.ndarray]:
+    """Prompts of evaluation: the names of all classes, unseen too: the list tells nothing of the image."""
+    return list(vocabulary.names), np.arange(len(vocabulary))
+
+
+def ignore_unseen(labels: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+    """Labels of a training image: the pixels of unseen classes become 255."""
+    return np.where(np.isin(labels, vocabulary.unseen), IGNORE, labels) if vocabulary.unseen else labels
+
+
+def _rank_and_world_size() -> tuple[int, int]:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1

@@ -1,0 +1,131 @@
+"""The embedded data: generated scenes as class maps and as phrases with a mask each. No file is read or written.
+
+Two views of one scene. Class list: 48 colour-shape pairs ("red circle") and 7 kinds of stuff, one label a pixel, as COCO-Stuff
+gives. Phrases: one pixel belongs to several right answers (``scene_phrases.py``), as PhraseCut gives.
+
+Splits: ``train`` and ``val`` draw and ask only what is *seen*; ``test`` has as many scenes about held-out *combinations* (a
+colour and a shape that never met in training) and about unseen *words* (star, heart, gravel) as about seen things.
+"""
+
+import numpy as np
+import torch
+
+from pmpseg.vocabulary import Vocabulary
+
+from .base import SegmentationData, SegmentationDataset
+from .scene_drawing import COLOURS, KINDS, SHAPES, STUFF, UNSEEN_STUFF, Scene, draw_scene, group_of
+from .scene_phrases import GROUPS, PHRASE_KINDS, Phrase, absent_phrase, present_phrase
+
+CLASSES = tuple(f"{c} {s}" for c in COLOURS for s in SHAPES) + STUFF
+CLASS_GROUP = {f"{c} {s}": group_of(c, s) for c in COLOURS for s in SHAPES}
+CLASS_GROUP |= {s: "word" if s in UNSEEN_STUFF else "seen" for s in STUFF}
+ABSENT_AT_TEST = 6  # as many absent phrases as there are kinds of present ones
+_SPLIT_SEED = {"train": 0, "val": 1_000_003, "test": 2_000_003}
+
+
+class Scenes(SegmentationData):
+    """Generated scenes of ``image_size`` x ``image_size`` pixels.
+
+    Args:
+        image_size: 128 to 192 pixels; things keep their size in pixels.
+        train_length, val_length, test_length: scenes in each split.
+        num_prompts: K, the prompts of a training image.
+        few_prompts: share of training images that get one to three prompts only, as users ask.
+        batch_size, eval_batch_size, num_workers, seed: see ``SegmentationData``.
+    """
+
+    def __init__(
+        self,
+        image_size: int = 128,
+        train_length: int = 8000,
+        val_length: int = 96,
+        test_length: int = 240,
+        num_prompts: int = 20,
+        few_prompts: float = 0.3,
+        batch_size: int = 16,
+        eval_batch_size: int = 16,
+        num_workers: int = 1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(image_size, num_prompts, batch_size, eval_batch_size, num_workers, seed)
+        self.lengths = {"train": train_length, "val": val_length, "test": test_length}
+        self.few_prompts = few_prompts
+        unseen = [i for i, name in enumerate(CLASSES) if CLASS_GROUP[name] != "seen"]
+        self.vocabulary = Vocabulary(list(CLASSES), [[name] for name in CLASSES], unseen)
+        self.class_groups = {g: [i for i, n in enumerate(CLASSES) if CLASS_GROUP[n] == g] for g in GROUPS[1:]}
+        self.phrase_kinds = (*PHRASE_KINDS, *GROUPS)
+
+    def dataset(self, split: str) -> "SceneDataset":
+        return SceneDataset(self, split)
+
+
+class SceneDataset(SegmentationDataset):
+    """One split of ``Scenes``; in training every epoch shows new scenes."""
+
+    def __init__(self, data: Scenes, split: str) -> None:
+        self.data, self.split = data, split
+        self.seed = data.seed + _SPLIT_SEED[split]
+
+    def __len__(self) -> int:
+        return self.data.lengths[self.split]
+
+    def scene(self, index: int, epoch: int = 0) -> Scene:
+        kind = KINDS[index % 3] if self.split == "test" else "seen"
+        return draw_scene(self.seed, epoch * len(self) + index, kind, self.data.image_size)
+
+    def item(self, index: int, epoch: int) -> dict:
+        scene = self.scene(index, epoch)
+        labels = label_map(scene)
+        rng = np.random.default_rng([self.seed, index, epoch, 1])
+        choose = self._training_prompts if self.split == "train" else self._test_phrases
+        asked = choose(scene, labels, rng)
+        asked += [("", None, -1)] * (self._num_prompts() - len(asked))
+        masks = [_mask(ask, scene, labels) for _, ask, _ in asked]
+        return {
+            "image": torch.from_numpy(scene.image).permute(2, 0, 1),
+            "labels": torch.from_numpy(labels.astype(np.int64)),
+            "name": f"{self.split}-{index:05d}",
+            "index": index,
+            "prompts": [text for text, _, _ in asked],
+            "prompt_class": torch.tensor([c for _, _, c in asked]),
+            "prompt_masks": torch.from_numpy(np.stack(masks)),
+            "phrase_kind": [f"{ask.kind} {ask.group}" if isinstance(ask, Phrase) else "" for _, ask, _ in asked],
+        }
+
+    def _num_prompts(self) -> int:
+        return self.data.num_prompts if self.split == "train" else len(PHRASE_KINDS) + ABSENT_AT_TEST
+
+    def _test_phrases(self, scene: Scene, labels: np.ndarray, rng: np.random.Generator) -> list:
+        """One phrase of every kind that the scene has, and as many with nothing to find."""
+        seen_only = self.split != "test"
+        phrases = [present_phrase(scene, kind, rng, seen_only) for kind in PHRASE_KINDS]
+        phrases += [absent_phrase(scene, rng, seen_only) for _ in range(ABSENT_AT_TEST)]
+        phrases = list({p.text: p for p in phrases if p is not None}.values())
+        return [(p.text, p, -1) for p in phrases]
+
+    def _training_prompts(self, scene: Scene, labels: np.ndarray, rng: np.random.Generator) -> list:
+        """Classes and phrases of the image, the rest absent ones, in any order; sometimes only a few of them."""
+        size = self.data.num_prompts
+        here = [int(c) for c in np.unique(labels)]
+        absent = rng.permutation([c for c in self.data.vocabulary.seen if c not in here])
+        kinds = [k for k in (*PHRASE_KINDS, "attributes") if k != "stuff"]
+        phrases = [present_phrase(scene, kind, rng) for kind in kinds]
+        phrases += [absent_phrase(scene, rng) for _ in range(size // 5)]
+        asked = [(CLASSES[c], c, c) for c in here]
+        asked += [(p.text, p, -1) for p in {p.text: p for p in phrases if p is not None}.values() if p.text not in CLASSES]
+        asked += [(CLASSES[c], int(c), int(c)) for c in absent[: max(0, size - len(asked))]]
+        few = int(rng.integers(1, 4)) if rng.random() < self.data.few_prompts else size
+        return [asked[i] for i in rng.permutation(len(asked))[:few]]
+
+
+def label_map(scene: Scene) -> np.ndarray:
+    """(H, W) class indices into ``CLASSES``: the thing on top, else the stuff."""
+    things = [CLASSES.index(t.name) for t in scene.things]
+    stuff = np.array([CLASSES.index(s) for s in STUFF])[scene.stuff]
+    return np.where(scene.owner > 0, np.array([0, *things])[scene.owner], stuff)
+
+
+def _mask(ask: Phrase | int | None, scene: Scene, labels: np.ndarray) -> np.ndarray:
+    if ask is None:
+        return np.zeros(labels.shape, bool)
+    return ask.mask(scene) if isinstance(ask, Phrase) else labels == ask

@@ -1,0 +1,86 @@
+"""Evaluate: ``python -m pmpseg.evaluate MODEL [-c conf/NAME.yaml]`` prints and saves the metrics of a model folder.
+
+Of the config only its data counts; without one it is the data that the model was trained with.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pmpseg import cli
+from pmpseg.errors import InputError
+
+
+def main(args: Sequence[str] | None = None) -> dict[str, float]:
+    """Evaluates as the command line (or ``args``) says and returns the single numbers."""
+    parser = argparse.ArgumentParser(prog="python -m pmpseg.evaluate", description="Score a model on a data set.")
+    parser.add_argument("model", help="model folder (RUN/model) or hub id")
+    parser.add_argument("-c", "--config", help="YAML whose 'data' is used; default: what the model was trained with")
+    parser.add_argument("--split", default="test", choices=("val", "test"), help="default: test")
+    parser.add_argument("--phrase-mode", default="alone", choices=("alone", "mixed", "own"), help="how phrases are asked; default: alone")
+    parser.add_argument("--threshold", type=float, help="of soft masks; default: the model's own, chosen on its validation split")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default)")
+    parser.add_argument("--out", type=Path, help="JSON file; default: metrics_SPLIT.json beside the model folder")
+    options = parser.parse_args(args)
+
+    import torch
+
+    from pmpseg.evaluation import numbers, table
+    from pmpseg.segmenter import Segmenter
+
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
+    segmenter = Segmenter.load(options.model, device)
+    spec = read_data(options.config) if options.config else segmenter.data
+    if not spec:
+        raise InputError(f"{options.model} does not say what data it was trained with; give a config with -c")
+    data = build_data(spec)
+    scores = evaluate(segmenter, data, options.split, options.threshold, options.phrase_mode)
+    print(table(scores, data.vocabulary))
+    out = options.out or Path(options.model).parent / f"metrics_{options.split}.json"
+    iou = {n: None if v != v else v for n, v in zip(data.vocabulary.names, scores["iou"].reshape(-1).tolist(), strict=True)}
+    saved = {"model": str(options.model), "split": options.split, "phrase_mode": options.phrase_mode, "data": spec, **numbers(scores), "iou": iou}
+    with cli.whole_file(out) as temporary:
+        temporary.write_text(json.dumps(saved, indent=1) + "\n")
+    print(f"\nsaved: {out}")
+    return numbers(scores)
+
+
+def evaluate(segmenter: Any, data: Any, split: str = "test", threshold: float | None = None, phrase_mode: str = "alone") -> dict[str, Any]:
+    """All scores (see ``Evaluator.compute``) of a ``Segmenter`` on one split of a data module."""
+    from tqdm import tqdm
+
+    from pmpseg.evaluation import Evaluator
+
+    groups, kinds = getattr(data, "class_groups", None), getattr(data, "phrase_kinds", ())
+    threshold = segmenter.threshold if threshold is None else threshold
+    evaluator = Evaluator(data.vocabulary, groups, kinds, threshold, phrase_mode).to(segmenter.device)
+    loader = data.val_dataloader() if split == "val" else data.test_dataloader()
+    for batch in tqdm(loader, desc=f"evaluate {split}", unit="batch"):
+        on_device = {k: v.to(segmenter.device) if hasattr(v, "to") else v for k, v in batch.items()}
+        evaluator.update(segmenter.network, segmenter.text, on_device)
+    return evaluator.compute()
+
+
+def read_data(path: str) -> dict[str, Any]:
+    """The ``data`` of a YAML config as class_path and init_args."""
+    from pmpseg.training.cli import read_config
+
+    config = read_config(path)
+    if not isinstance(config.get("data"), dict) or "class_path" not in config["data"]:
+        raise InputError(f"{path}: no 'data' with a class_path in it")
+    return config["data"]
+
+
+def build_data(spec: dict[str, Any]) -> Any:
+    """The data module that a config's ``data`` describes; unknown classes and arguments give one clear line."""
+    from lightning.pytorch import LightningDataModule
+
+    cls = cli.find_class(spec["class_path"], LightningDataModule)
+    cli.check_config({"data": spec}, {"data"}, {"data": LightningDataModule}, "data")
+    return cls(**(spec.get("init_args") or {}))
+
+
+if __name__ == "__main__":
+    cli.run(lambda: main() and None)

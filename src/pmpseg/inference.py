@@ -1,0 +1,70 @@
+"""From query logits to answers: class maps for a list, one mask a phrase. Validation, ``predict`` and notebooks all call these.
+
+Letters: B images, Q queries, K prompts, (h, w) the mask logits' size. ``image_size`` is (H, W) of the image that the network saw,
+``size`` that of the answer, the image's own before it was resized; the same where it is left out.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .models.pmp import PMP, STRIDE
+from .models.prompts import Prediction, Prompts
+from .models.query_decoder import Features
+
+Size = tuple[int, int]
+
+
+def upsample(maps: Tensor, image_size: Size, size: Size | None = None) -> Tensor:
+    """(B, C, h, w) maps of the padded image -> (B, C, *size): bilinear, the padding cut off."""
+    padded = [s + -s % STRIDE for s in image_size]
+    maps = F.interpolate(maps, padded, mode="bilinear", align_corners=False)[..., : image_size[0], : image_size[1]]
+    if size is None or tuple(size) == tuple(image_size):
+        return maps
+    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
+
+
+def semantic_labels(prediction: Prediction, image_size: Size, size: Size | None = None, chunk: int = 64) -> Tensor:
+    """The best prompt of a class list for every pixel -> (B, *size) int64 in 0..K-1.
+
+    Mask2Former's rule: score of class k = sum over queries of p(k | query) * sigmoid(mask); p is a softmax over the whole list and
+    "no object". Classes are visited ``chunk`` at a time, so a (K, H, W) product never exists; the result does not depend on it.
+    """
+    probabilities = prediction.class_logits.softmax(-1)[..., :-1]  # (B, Q, K)
+    masks = upsample(prediction.mask_logits, image_size, size).sigmoid()
+    best = torch.full_like(masks[:, 0], -1.0)
+    labels = torch.zeros_like(best, dtype=torch.long)
+    for start in range(0, probabilities.shape[-1], chunk):
+        scores = torch.einsum("bqk,bqhw->bkhw", probabilities[..., start : start + chunk], masks)
+        top, index = scores.max(1)
+        labels = torch.where(top > best, index + start, labels)
+        best = torch.maximum(top, best)
+    return labels
+
+
+def soft_masks(prediction: Prediction) -> tuple[Tensor, Tensor]:
+    """One soft mask a prompt -> masks (B, K, h, w) and scores (B, K), both in [0, 1].
+
+    A pixel belongs to a prompt as much as the best query says that is named so and covers it: max over q of p(k | q) *
+    sigmoid(mask_q). The score is the highest p(k | q): how sure the network is that there is something to find.
+    """
+    probabilities = prediction.class_logits.softmax(-1)[..., :-1]  # (B, Q, K)
+    masks = prediction.mask_logits.sigmoid()
+    answers = torch.stack([(p[..., None, None] * masks).amax(1) for p in probabilities.unbind(-1)], 1)
+    return answers, probabilities.amax(1)
+
+
+def ask_one_by_one(network: PMP, features: Features, prompts: Prompts) -> tuple[Tensor, Tensor]:
+    """``soft_masks`` with every prompt decoded alone, so that none can hint at another's answer.
+
+    The image is encoded once. Padding prompts get zeros. Returns masks (B, K, h, w) and scores (B, K).
+    """
+    answers = [soft_masks(network.decode(features, prompts.select([k]))) for k in range(prompts.pooled.shape[1])]
+    masks, scores = (torch.cat(x, 1) for x in zip(*answers, strict=True))
+    return masks * prompts.valid[..., None, None], scores * prompts.valid
+
+
+def ask_together(network: PMP, features: Features, prompts: Prompts) -> tuple[Tensor, Tensor]:
+    """``soft_masks`` with all prompts decoded as one list: faster, and right for a list that is no image's own."""
+    masks, scores = soft_masks(network.decode(features, prompts))
+    return masks * prompts.valid[..., None, None], scores * prompts.valid

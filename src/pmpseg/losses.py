@@ -1,0 +1,132 @@
+"""Set prediction loss: which query answers which prompt, and how well.
+
+Source: Mask2Former (arXiv 2112.01527, sec. 3.3 and its criterion): Hungarian matching on classification, mask BCE and dice, all
+masks judged at sampled points, the same loss on every layer. Ours: a target is a *prompt that is present* (a class of the list
+or a phrase), so masks may overlap, and pixels marked as ignored count nowhere.
+
+Letters: B images, Q queries, K prompts, N matched pairs, P points.
+"""
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .models.prompts import Prediction
+
+
+class SetLoss(nn.Module):
+    """Args are Mask2Former's weights; ``num_points`` per mask, of which ``importance`` lie where the mask is unsure."""
+
+    def __init__(
+        self,
+        class_weight: float = 2.0,
+        mask_weight: float = 5.0,
+        dice_weight: float = 5.0,
+        no_object_weight: float = 0.1,
+        num_points: int = 12544,
+        oversample: float = 3.0,
+        importance: float = 0.75,
+    ) -> None:
+        super().__init__()
+        self.weights = {"class": class_weight, "mask": mask_weight, "dice": dice_weight}
+        self.no_object_weight = no_object_weight
+        self.num_points, self.oversample, self.importance = num_points, oversample, importance
+
+    def forward(
+        self, prediction: Prediction, masks: Tensor, present: Tensor, counted: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The weighted parts and their sum ``loss``, each a scalar averaged over layers' sums as Mask2Former adds them.
+
+        Args:
+            prediction: logits of all layers.
+            masks: (B, K, H, W) bool, the pixels of each prompt.
+            present: (B, K) bool, which prompts have something to find; the others must go unnamed.
+            counted: (B, H, W) bool, pixels with a known answer; None counts all.
+        """
+        batch, num_prompts = present.shape
+        if masks.shape[:2] != present.shape:
+            raise ValueError(f"masks: got {tuple(masks.shape)} for present {tuple(present.shape)}, want the same (B, K)")
+        layers = [*prediction.aux, (prediction.mask_logits, prediction.class_logits)]
+        mask_logits = torch.cat([m for m, _ in layers]).float()  # (L * B, Q, h, w)
+        class_logits = torch.cat([c for _, c in layers]).float()  # (L * B, Q, K + 1)
+        masks = masks.float()
+        known = torch.ones_like(masks[:, :1]) if counted is None else counted[:, None].float()
+
+        row, query, prompt = self.match(mask_logits, class_logits, masks, present, known)
+        image = row % batch
+
+        target = torch.full(class_logits.shape[:2], num_prompts, device=masks.device)
+        target[row, query] = prompt
+        weight = torch.where(target == num_prompts, self.no_object_weight, 1.0)
+        named = F.cross_entropy(class_logits.flatten(0, 1), target.flatten(), reduction="none") * weight.flatten()
+        # Normalisers are means over all processes: the gradient must not depend on how the batch was shared out.
+        total_weight, total_masks = mean_over_ranks(torch.stack([weight.sum(), present.sum().float()]))
+        parts = {"class": named.sum() / total_weight * len(layers)}
+
+        chosen, truth = mask_logits[row, query, None], masks[image, prompt, None]  # (N, 1, ...)
+        points = self.sample_points(chosen)
+        logits, truth, inside = (sample(x, points)[:, 0] for x in (chosen, truth, known[image]))  # (N, P)
+        bce = F.binary_cross_entropy_with_logits(logits, truth, reduction="none") * inside
+        parts["mask"] = (bce.sum(1) / inside.sum(1).clamp(min=1)).sum() / total_masks.clamp(min=1)
+        parts["dice"] = dice_loss(logits, truth, inside).sum() / total_masks.clamp(min=1)
+        parts = {name: value * self.weights[name] for name, value in parts.items()}
+        return {"loss": sum(parts.values()), **parts}
+
+    @torch.no_grad()
+    def match(
+        self, mask_logits: Tensor, class_logits: Tensor, masks: Tensor, present: Tensor, known: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The cheapest one-to-one pairs in every row of the (L * B) batch -> row, query, prompt, each (N,)."""
+        rows, batch = len(mask_logits), len(masks)
+        # The same points for all masks of an image; more would not change who is matched.
+        points = torch.rand(batch, self.num_points, 2, device=masks.device)
+        truth, inside = sample(masks, points), sample(known, points)  # (B, K, P), (B, 1, P)
+        logits = sample(mask_logits, points.repeat(rows // batch, 1, 1))  # (L * B, Q, P)
+        truth, inside, there = (x.repeat(rows // batch, *[1] * (x.ndim - 1)) for x in (truth, inside, present))
+        truth = truth * inside
+        count = inside.sum(-1, keepdim=True).clamp(min=1)
+        # BCE for all pairs at once: softplus(x) - x * y summed over points.
+        bce = ((F.softplus(logits) * inside).sum(-1)[..., None] - logits @ truth.mT) / count
+        prob = logits.sigmoid() * inside
+        dice = 1 - (2 * prob @ truth.mT + 1) / (prob.sum(-1)[..., None] + truth.sum(-1)[:, None] + 1)
+        named = -class_logits.softmax(-1)[..., :-1]
+        cost = self.weights["class"] * named + self.weights["mask"] * bce + self.weights["dice"] * dice  # (L * B, Q, K)
+        cost = torch.nan_to_num(cost, nan=1e6, posinf=1e6, neginf=-1e6).cpu()
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        for row, wanted in enumerate(there.cpu()):
+            prompts = wanted.nonzero()[:, 0]
+            q, k = linear_sum_assignment(cost[row][:, prompts].numpy())
+            found.append((torch.full((len(q),), row), torch.from_numpy(q), prompts[torch.from_numpy(k)]))
+        row, query, prompt = (torch.cat(x).to(masks.device) for x in zip(*found, strict=True))
+        return row, query, prompt
+
+    @torch.no_grad()
+    def sample_points(self, logits: Tensor) -> Tensor:
+        """Points for each of N masks (N, 1, h, w) -> (N, P, 2) in [0, 1]: mostly the least sure of many, the rest anywhere."""
+        count = len(logits)
+        many = torch.rand(count, int(self.num_points * self.oversample), 2, device=logits.device)
+        unsure = int(self.num_points * self.importance)
+        best = sample(logits, many)[:, 0].abs().topk(unsure, 1, largest=False).indices if count else many[:, :unsure, 0].long()
+        anywhere = torch.rand(count, self.num_points - unsure, 2, device=logits.device)
+        return torch.cat([many.gather(1, best[..., None].expand(-1, -1, 2)), anywhere], 1)
+
+
+def dice_loss(logits: Tensor, truth: Tensor, inside: Tensor) -> Tensor:
+    """1 - soft dice over points that count, with one added to both sides; (N, P) each -> (N,)."""
+    prob, truth = logits.sigmoid() * inside, truth * inside
+    return 1 - (2 * (prob * truth).sum(1) + 1) / (prob.sum(1) + truth.sum(1) + 1)
+
+
+def sample(maps: Tensor, points: Tensor) -> Tensor:
+    """Bilinear values of maps (B, C, H, W) at points (B, P, 2) given as (x, y) in [0, 1] -> (B, C, P)."""
+    return F.grid_sample(maps, 2 * points[:, :, None] - 1, align_corners=False)[..., 0]
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """The mean over all processes; the value itself when there is one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        value = value.clone()
+        torch.distributed.all_reduce(value)
+        value = value / torch.distributed.get_world_size()
+    return value

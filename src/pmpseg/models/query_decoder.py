@@ -1,0 +1,179 @@
+"""Query decoder: learnable queries look at the image, **at the prompts**, and at each other; each ends as a mask and a name.
+
+Sources: masked attention, layer order and deep supervision from Mask2Former (arXiv 2112.01527, sec. 3.2); the cross-attention
+between text tokens and query tokens in every layer from PMP (arXiv 2412.10292), whose placement and form are unpublished and
+ours: it stands after the image attention, so that a query reads the prompts knowing what it sees. Naming by cosine to text
+embeddings with a learnable "no object" follows OVSeg (arXiv 2210.04150, sec. 3.1).
+
+Letters: B images, Q queries, K prompts, T tokens a prompt, D decoder width, E text width.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .prompts import Prediction, Prompts
+
+PROMPT_ATTENTION = ("none", "pooled", "tokens")
+
+
+class Features(NamedTuple):
+    """An encoded image, good for any number of decodes: mask features (B, D, h, w) and levels, coarse first."""
+
+    mask_features: Tensor
+    levels: list[Tensor]
+
+
+class QueryDecoder(nn.Module):
+    """``prompt_attention``: ``pooled`` (one embedding a prompt) or ``tokens`` (its words) guide the queries in every layer;
+    ``none`` is the blind baseline: the same queries propose without seeing a prompt, which then only picks by similarity.
+    """
+
+    def __init__(
+        self,
+        dim: int = 256,
+        text_dim: int = 512,
+        num_queries: int = 100,
+        num_layers: int = 9,
+        num_heads: int = 8,
+        ffn_dim: int = 2048,
+        prompt_attention: str = "pooled",
+    ) -> None:
+        super().__init__()
+        if prompt_attention not in PROMPT_ATTENTION:
+            raise ValueError(f"prompt_attention: got {prompt_attention!r}, want one of {', '.join(PROMPT_ATTENTION)}")
+        self.prompt_attention = prompt_attention
+        self.query = nn.Parameter(torch.randn(num_queries, dim) * 0.02)
+        self.query_position = nn.Parameter(torch.randn(num_queries, dim) * 0.02)
+        self.level_embedding = nn.Parameter(torch.randn(3, dim) * 0.02)
+        guided = prompt_attention != "none"
+        self.layers = nn.ModuleList(DecoderLayer(dim, num_heads, ffn_dim, guided) for _ in range(num_layers))
+        self.read_prompt = nn.Sequential(nn.Linear(text_dim, dim), nn.LayerNorm(dim)) if guided else None
+        # Attended to when no prompt concerns a query; it also keeps the softmax defined when every prompt is padding.
+        self.no_prompt = nn.Parameter(torch.zeros(dim)) if guided else None
+
+        self.norm = nn.LayerNorm(dim)
+        self.mask_head = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
+        self.name_head = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, text_dim))
+        self.no_object = nn.Parameter(torch.randn(text_dim) * text_dim**-0.5)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(20.0)))
+
+    def forward(self, features: Features, prompts: Prompts) -> Prediction:
+        batch = len(features.mask_features)
+        levels = [level.flatten(2).transpose(1, 2) + self.level_embedding[i] for i, level in enumerate(features.levels)]
+        positions = [sine_position(level) for level in features.levels]
+        text, text_valid = self._prompt_tokens(prompts)
+        names = torch.cat([prompts.pooled, self.no_object.expand(batch, 1, -1)], 1)  # (B, K + 1, E)
+        names = F.normalize(names.float(), dim=-1)
+
+        query = self.query.expand(batch, -1, -1)  # (B, Q, D)
+        outputs = [self._predict(query, features.mask_features, names, prompts.valid)]
+        for i, layer in enumerate(self.layers):
+            at = i % len(levels)
+            blocked = self._blocked(outputs[-1][0], features.levels[at].shape[-2:])
+            query = layer(query, self.query_position, levels[at], positions[at], blocked, text, text_valid)
+            outputs.append(self._predict(query, features.mask_features, names, prompts.valid))
+        masks, classes = outputs[-1]
+        return Prediction(masks, classes, outputs[:-1])
+
+    def _prompt_tokens(self, prompts: Prompts) -> tuple[Tensor | None, Tensor | None]:
+        """What queries read: (B, N, D) and which of it is real (B, N); the last one is "no prompt"."""
+        if self.read_prompt is None:
+            return None, None
+        if self.prompt_attention == "pooled":
+            text, valid = prompts.pooled, prompts.valid
+        else:
+            # Each word also carries its phrase, or the words of several prompts would be one bag.
+            text = (prompts.tokens + prompts.pooled[:, :, None]).flatten(1, 2)
+            valid = (prompts.token_valid & prompts.valid[..., None]).flatten(1)
+        batch = len(text)
+        text = torch.cat([self.read_prompt(text), self.no_prompt.expand(batch, 1, -1)], 1)
+        return text, F.pad(valid, (0, 1), value=True)
+
+    def _predict(self, query: Tensor, mask_features: Tensor, names: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        query = self.norm(query)
+        mask_logits = torch.einsum("bqd,bdhw->bqhw", self.mask_head(query), mask_features)
+        embedding = F.normalize(self.name_head(query).float(), dim=-1)  # (B, Q, E)
+        scale = self.log_scale.clamp(max=math.log(100.0)).exp()
+        class_logits = scale * torch.einsum("bqe,bke->bqk", embedding, names)  # (B, Q, K + 1)
+        return mask_logits, class_logits.masked_fill(~F.pad(valid, (0, 1), value=True)[:, None], -1e4)
+
+    @staticmethod
+    def _blocked(mask_logits: Tensor, size: tuple[int, int]) -> Tensor:
+        """Where a query may not look next: outside its own mask, or nowhere if that mask is empty. (B, Q, h * w) bool."""
+        masks = F.interpolate(mask_logits.detach(), size=size, mode="bilinear", align_corners=False).flatten(2)
+        blocked = masks < 0  # sigmoid < 0.5
+        return blocked & ~blocked.all(-1, keepdim=True)
+
+
+class DecoderLayer(nn.Module):
+    """Masked image attention -> prompt attention -> self-attention -> FFN, each with a residual and a norm after it."""
+
+    def __init__(self, dim: int, num_heads: int, ffn_dim: int, guided: bool) -> None:
+        super().__init__()
+        self.image_attention, self.image_norm = Attention(dim, num_heads), nn.LayerNorm(dim)
+        self.prompt_attention = Attention(dim, num_heads) if guided else None
+        self.prompt_norm = nn.LayerNorm(dim) if guided else None
+        self.self_attention, self.self_norm = Attention(dim, num_heads), nn.LayerNorm(dim)
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.ReLU(), nn.Linear(ffn_dim, dim))
+        self.ffn_norm = nn.LayerNorm(dim)
+
+    def forward(
+        self,
+        query: Tensor,
+        query_position: Tensor,
+        image: Tensor,
+        image_position: Tensor,
+        blocked: Tensor,
+        text: Tensor | None,
+        text_valid: Tensor | None,
+    ) -> Tensor:
+        seen = self.image_attention(query + query_position, image + image_position, image, ~blocked[:, None])
+        query = self.image_norm(query + seen)
+        if self.prompt_attention is not None:
+            read = self.prompt_attention(query + query_position, text, text, text_valid[:, None, None])
+            query = self.prompt_norm(query + read)
+        at = query + query_position
+        query = self.self_norm(query + self.self_attention(at, at, query))
+        return self.ffn_norm(query + self.ffn(query))
+
+
+class Attention(nn.Module):
+    """Multi-head attention; ``allowed`` is bool, broadcastable to (B, heads, queries, keys), True where a query may look."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"attention: dim {dim} is not a multiple of num_heads {num_heads}")
+        self.num_heads = num_heads
+        self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))
+        for layer in (self.q, self.k, self.v):
+            nn.init.xavier_uniform_(layer.weight)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
+        q, k, v = (self._heads(f(x)) for f, x in ((self.q, query), (self.k, key), (self.v, value)))
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)  # (B, heads, Q, D / heads)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+def sine_position(level: Tensor, temperature: float = 10000.0) -> Tensor:
+    """DETR's sine position embedding for a map (B, D, h, w) -> (h * w, D); D is a multiple of 4."""
+    dim, height, width = level.shape[1:]
+    half = dim // 2
+    steps = torch.arange(half, device=level.device, dtype=torch.float32)
+    period = temperature ** (2 * (steps // 2) / half)
+
+    def wave(length: int) -> Tensor:
+        at = torch.arange(1, length + 1, device=level.device, dtype=torch.float32) / (length + 1e-6) * 2 * math.pi
+        angle = at[:, None] / period
+        return torch.stack([angle[:, 0::2].sin(), angle[:, 1::2].cos()], 2).flatten(1)  # (length, D / 2)
+
+    y, x = wave(height), wave(width)
+    grid = torch.cat([y[:, None].expand(-1, width, -1), x[None].expand(height, -1, -1)], -1)
+    return grid.flatten(0, 1).to(level.dtype)

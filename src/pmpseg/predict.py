@@ -1,0 +1,152 @@
+"""``python -m pmpseg.predict MODEL IMAGE_OR_FOLDER --prompts "red circle; stripes" --out DIR``.
+
+Writes, for each image NAME, ``NAME_overlay.png`` and a mask (0 or 255) for each prompt, ``NAME_mask_00_red-circle.png``,
+and for all together ``predictions.json`` in COCO's format, masks as run lengths. Sub-folders are kept.
+Never imports lightning, and torch only after the arguments are known to be good.
+"""
+
+import argparse
+import json
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from pmpseg.cli import run, whole_file
+from pmpseg.errors import InputError
+from pmpseg.hub import model_folder
+from pmpseg.images import read_image
+from pmpseg.vocabulary import Vocabulary, parse_prompts
+
+if TYPE_CHECKING:
+    from pmpseg.segmenter import Segmentation
+
+SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns 1 where files of a folder could not be read, else 0. Raises ``InputError``."""
+    args = parse_arguments(arguments)
+    prompts = Vocabulary.read(args.names_from).names if args.names_from else parse_prompts(args.prompts)
+    images = list_images(args.images, args.out)
+    model = check_model(args.model)
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    from tqdm import tqdm
+
+    from pmpseg.segmenter import Segmenter
+
+    segmenter = Segmenter.load(model, device=choose_device(args.device))
+    found: dict[str, Any] = {
+        "info": {"model": args.model, "threshold": segmenter.threshold if args.threshold is None else args.threshold},
+        "images": [],
+        "categories": [{"id": number, "name": prompt} for number, prompt in enumerate(prompts)],
+        "annotations": [],
+    }
+    started = time.perf_counter()
+    for path, name in tqdm(images.items(), unit="image", disable=len(images) == 1):
+        try:
+            image = read_image(path)
+        except InputError as error:
+            if path == args.images:  # it was asked for by name
+                raise
+            tqdm.write(f"pmpseg: skipped: {error}", file=sys.stderr)
+            continue
+        answer = segmenter.segment(image, prompts, threshold=args.threshold)
+        write_pictures(answer, prompts, args.out / name)
+        number = len(found["images"])
+        file_name = path.name if path == args.images else path.relative_to(args.images).as_posix()
+        found["images"].append({"id": number, "file_name": file_name, "width": image.width, "height": image.height})
+        for annotation in answer.to_coco():
+            ids = {"id": len(found["annotations"]), "image_id": number, "category_id": prompts.index(annotation["prompt"])}
+            found["annotations"].append({**ids, **annotation, "iscrowd": 0})
+    seconds = time.perf_counter() - started
+    with whole_file(args.out / "predictions.json") as temporary:
+        temporary.write_text(json.dumps(found), encoding="utf-8")
+    done, skipped = len(found["images"]), len(images) - len(found["images"])
+    skips = f", {skipped} skipped" if skipped else ""
+    print(f"{done} images{skips}, {done / seconds:.2f} images/s: pictures and predictions.json are in {args.out}")
+    return 1 if skipped else 0
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m pmpseg.predict", description="Outline what the prompts name, in an image or a folder of images."
+    )
+    parser.add_argument("model", metavar="MODEL", help="the model/ folder of a run, or a hub id")
+    parser.add_argument("images", metavar="IMAGE_OR_FOLDER", type=Path, help="sub-folders are searched too")
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--prompts", metavar='"A; B"', help="words or phrases, separated by semicolons")
+    asked.add_argument("--names-from", metavar="FILE", type=Path, help="a class list (conf/vocab/*.txt): a prompt a class")
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="where the pictures and the JSON go")
+    parser.add_argument("--threshold", metavar="T", type=float, help="of a mask, 0 to 1 (default: the model's own)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: cuda if there is one")
+    args = parser.parse_args(arguments)
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
+        raise InputError(f"--threshold must lie in 0 to 1, got {args.threshold:g}")
+    return args
+
+
+def check_model(name: str) -> Path:
+    """The model's folder, before torch is imported to load it."""
+    folder = model_folder(name)
+    if (folder / "config.json").is_file():
+        return folder
+    if (folder / "model" / "config.json").is_file():
+        raise InputError(f"{folder} is the folder of a run: give its model, {folder / 'model'}")
+    raise InputError(f"no config.json in {folder}: give a model folder, as a run leaves it in RUN/model")
+
+
+def list_images(source: Path, out: Path) -> dict[Path, Path]:
+    """Each image with the name that its pictures get, relative to ``out``: its own path without the extension.
+
+    Where two would get the same name (a.jpg, a.png), all of them keep the extension, as a_jpg.
+    """
+    if source.is_file():
+        return {source: Path(source.stem)}
+    if not source.is_dir():
+        raise InputError(f"no image or folder at {source}")
+    if source.resolve() == out.resolve():
+        raise InputError(f"--out must not be the folder of the images ({source}): its pictures would be read next time")
+    files = [path for path in sorted(source.rglob("*")) if path.suffix.lower() in SUFFIXES and path.is_file()]
+    files = [path for path in files if not path.resolve().is_relative_to(out.resolve())]  # of an earlier run
+    if not files:
+        raise InputError(f"no images in {source}: want files that end in {', '.join(sorted(SUFFIXES))}")
+    names = {path: path.relative_to(source).with_suffix("") for path in files}
+    # some file systems know no case: A.png and a.png must differ in more than that
+    while twice := {key for key, n in Counter(str(name).lower() for name in names.values()).items() if n > 1}:
+        clashing = [path for path, name in names.items() if str(name).lower() in twice]
+        for number, path in enumerate(clashing):
+            ending = path.suffix[1:] if "." not in names[path].name else str(number)
+            names[path] = names[path].with_name(f"{names[path].name}_{ending}")
+    return names
+
+
+def choose_device(wanted: str) -> str:
+    import torch
+
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise InputError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    return ("cuda" if available else "cpu") if wanted == "auto" else wanted
+
+
+def write_pictures(answer: "Segmentation", prompts: Sequence[str], base: Path) -> None:
+    """``BASE_overlay.png`` and ``BASE_mask_00_red-circle.png``, ..."""
+    base.parent.mkdir(parents=True, exist_ok=True)
+    pictures = {"overlay": answer.overlay()}
+    for number, prompt in enumerate(prompts):
+        safe = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40]
+        pictures[f"mask_{number:02d}_{safe}"] = Image.fromarray(answer.mask(number)).convert("L")
+    for what, picture in pictures.items():
+        with whole_file(base.with_name(f"{base.name}_{what}.png")) as temporary:
+            picture.save(temporary, "PNG")
+
+
+if __name__ == "__main__":
+    run(main)

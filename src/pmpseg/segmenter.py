@@ -1,0 +1,269 @@
+"""Segmenter: a trained model as users hold it. Load it, give it an image and words, get masks.
+
+    segmenter = Segmenter.load("runs/scenes/model")
+    answer = segmenter.segment("photo.jpg", ["red circle", "grass"])
+    answer.overlay().save("answer.png")
+
+A model folder holds ``config.json``, ``model.safetensors``, ``vocabulary.txt`` and ``text_encoder/`` (a Hugging Face folder): all
+that is needed on another machine. No lightning is imported here.
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .errors import InputError
+from .hub import model_folder, shipped_or
+from .images import read_image
+from .inference import Size, ask_one_by_one, ask_together, semantic_labels, upsample
+from .models.clip import TextEncoder
+from .models.pmp import PMP
+from .vocabulary import Vocabulary
+
+FORMAT = 1
+NOTHING = -1  # label of a pixel that no prompt claims
+
+
+@dataclass
+class Segmentation:
+    """The answer for one image of (H, W) pixels and P prompts.
+
+    ``scores`` (P,) float in [0, 1]: how sure the model is that there is something to find. ``soft`` (P, h, w) in [0, 1] are the
+    masks as the network gave them; ``mask(i)`` and ``labels`` are computed from them at the image's own size when asked for.
+    """
+
+    image: Image.Image
+    prompts: list[str]
+    scores: np.ndarray
+    soft: Tensor
+    threshold: float
+    image_size: Size
+    class_labels: np.ndarray | None = None
+
+    @property
+    def size(self) -> Size:
+        """(H, W) of the image."""
+        return self.image.height, self.image.width
+
+    def probability(self, index: int) -> np.ndarray:
+        """(H, W) float32 in [0, 1]: how much each pixel belongs to prompt ``index``."""
+        return upsample(self.soft[None, index : index + 1], self.image_size, self.size)[0, 0].numpy()
+
+    def mask(self, index: int) -> np.ndarray:
+        """(H, W) bool: the pixels of prompt ``index``; all False when it is not there."""
+        if not -len(self.prompts) <= index < len(self.prompts):
+            raise InputError(f"mask({index}): there are {len(self.prompts)} prompts, 0 to {len(self.prompts) - 1}")
+        return self.probability(index % len(self.prompts)) > self.threshold
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """(H, W) int64: the prompt that each pixel belongs to most, or -1 for none of them."""
+        if self.class_labels is not None:
+            return self.class_labels
+        labels = np.full(self.size, NOTHING)
+        best = np.full(self.size, self.threshold, np.float32)
+        for i in range(len(self.prompts)):
+            here = self.probability(i)
+            labels[here > best] = i
+            best = np.maximum(best, here)
+        return labels
+
+    def overlay(self) -> Image.Image:
+        """The image with every mask outlined and named."""
+        from .drawing import overlay
+
+        return overlay(self.image, [self.mask(i) for i in range(len(self.prompts))], self.prompts)
+
+    def to_coco(self) -> list[dict[str, Any]]:
+        """One dict a prompt: prompt, score, area in pixels, bbox [x, y, w, h] and segmentation as compressed COCO RLE."""
+        from .rle import encode
+
+        found = []
+        for i, prompt in enumerate(self.prompts):
+            mask = self.mask(i)
+            ys, xs = np.nonzero(mask)
+            box = [int(xs.min()), int(ys.min()), int(np.ptp(xs)) + 1, int(np.ptp(ys)) + 1] if len(xs) else [0, 0, 0, 0]
+            found.append(
+                {"prompt": prompt, "score": float(self.scores[i]), "area": len(xs), "bbox": box, "segmentation": encode(mask)}
+            )
+        return found
+
+
+class Segmenter:
+    """A network, its text side and its class list.
+
+    Args:
+        network, text, vocabulary: what was trained; all are put into evaluation mode.
+        image_size: the short side, in pixels, at which the network works.
+        threshold: of soft masks, chosen on the validation split.
+        data: ``class_path`` and ``init_args`` of the data that it was trained with, for ``evaluate``.
+    """
+
+    def __init__(
+        self,
+        network: PMP,
+        text: TextEncoder,
+        vocabulary: Vocabulary,
+        image_size: int,
+        threshold: float = 0.5,
+        data: dict[str, Any] | None = None,
+    ) -> None:
+        self.network, self.text, self.vocabulary = network.eval(), text.eval(), vocabulary
+        self.image_size, self.threshold, self.data = image_size, threshold, data
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def to(self, device: str | torch.device) -> "Segmenter":
+        self.network.to(device)
+        self.text.to(device)
+        return self
+
+    @torch.inference_mode()
+    def segment(
+        self,
+        image: "str | Path | Image.Image | np.ndarray",
+        prompts: Sequence[str] | str,
+        threshold: float | None = None,
+        together: bool = False,
+    ) -> Segmentation:
+        """The masks of ``prompts`` in ``image`` (see ``images.read_image``), at the image's own size.
+
+        Each prompt is asked alone, the image being encoded once. ``together`` asks them as one list of classes, of which every
+        pixel gets the best: faster, and what ``labels`` means for a data set's class list.
+        """
+        picture = read_image(image)
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        encoded = self.text.encode(prompts)
+        tensor = self._working_image(picture).to(self.device)
+        image_size = tuple(tensor.shape[-2:])
+        features = self.network.encode(tensor)
+        labels = None
+        if together:
+            prediction = self.network.decode(features, encoded)
+            labels = semantic_labels(prediction, image_size, (picture.height, picture.width))[0].cpu().numpy()
+        soft, scores = (ask_together if together else ask_one_by_one)(self.network, features, encoded)
+        threshold = self.threshold if threshold is None else threshold
+        return Segmentation(picture, prompts, scores[0].cpu().numpy(), soft[0].cpu(), threshold, image_size, labels)
+
+    def _working_image(self, image: Image.Image) -> Tensor:
+        """(1, 3, h, w) in [0, 1] with the short side at ``image_size``."""
+        scale = self.image_size / min(image.size)
+        size = tuple(max(1, round(s * scale)) for s in image.size)
+        resized = image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
+        return torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None].float() / 255
+
+    # ---- files
+
+    def save(self, folder: str | Path, encoders: str = "copy") -> Path:
+        """Writes the model folder, whole or not at all.
+
+        ``encoders``: "copy" puts the text encoder into the folder; "reference" leaves its name and the hash of its weights, which
+        must be found again, and be the same, where the model is loaded.
+        """
+        if encoders not in ("copy", "reference"):
+            raise InputError(f"encoders: got {encoders!r}, want 'copy' or 'reference'")
+        folder = Path(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        config = {
+            "format": FORMAT,
+            "architecture": type(self.network).__name__,
+            "network": self.network.config,
+            "text": {"templates": list(self.text.templates), "normalize": self.text.normalize},
+            "image_size": self.image_size,
+            "threshold": self.threshold,
+            "data": self.data,
+        }
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as work:
+            part = Path(work) / folder.name
+            part.mkdir()
+            if encoders == "copy":
+                self.text.save(part / "text_encoder")
+            else:
+                config["text"] |= {"name": self.text.name, "sha256": weights_hash(self.text)}
+            state = {k: v.detach().cpu().contiguous() for k, v in self.network.state_dict().items()}
+            save_file(state, part / "model.safetensors")
+            self.vocabulary.write(part / "vocabulary.txt")
+            (part / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+            if folder.exists():
+                shutil.rmtree(folder)
+            part.rename(folder)
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Segmenter":
+        """Opens a model folder or a hub id. Raises InputError where something is missing, foreign or broken."""
+        folder = model_folder(folder)
+        config = _read_config(folder)
+        text = _load_text(folder, config["text"])
+        try:
+            network = PMP(**config["network"])
+        except TypeError as error:
+            raise InputError(f"{folder / 'config.json'}: 'network' does not describe a PMP ({error})") from None
+        _load_weights(network, folder / "model.safetensors")
+        vocabulary = Vocabulary.read(folder / "vocabulary.txt")
+        return cls(network, text, vocabulary, config["image_size"], config["threshold"], config.get("data")).to(device)
+
+
+def weights_hash(module: nn.Module) -> str:
+    """SHA-256 over the names and values of all weights, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"{folder}: no config.json in it; want a model folder as a training run leaves it in RUN/model")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(config, dict) or config.get("architecture") != "PMP" or config.get("format") != FORMAT:
+        raise InputError(f"{path}: not the config of a pmpseg model; want 'architecture': 'PMP' and 'format': {FORMAT}")
+    missing = {"network", "text", "image_size", "threshold"} - set(config)
+    if missing:
+        raise InputError(f"{path}: misses {', '.join(sorted(missing))}; save the model again")
+    return config
+
+
+def _load_text(folder: Path, config: dict[str, Any]) -> TextEncoder:
+    name = shipped_or(config["name"]) if "name" in config else folder / "text_encoder"
+    text = TextEncoder(name, config["templates"], config["normalize"])
+    if "sha256" in config and weights_hash(text) != config["sha256"]:
+        raise InputError(f"text encoder {config['name']}: its weights are not those that the model was trained with (SHA-256 differs)")
+    return text
+
+
+def _load_weights(network: nn.Module, path: Path) -> None:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; the model folder is not complete")
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a whole safetensors file ({error}); copy or save the model again") from None
+    wanted = network.state_dict()
+    wrong = [k for k in sorted(set(wanted) | set(state)) if k not in state or k not in wanted or state[k].shape != wanted[k].shape]
+    if wrong:
+        raise InputError(f"{path}: {len(wrong)} of {len(wanted)} weights do not fit the network in config.json, first {wrong[0]!r}")
+    broken = [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]
+    if broken:
+        raise InputError(f"{path}: {broken[0]!r} holds NaN or infinity; this training went wrong, use an earlier checkpoint")
+    network.load_state_dict(state)

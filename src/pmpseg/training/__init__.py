@@ -1,0 +1,12 @@
+"""Everything that imports lightning: one module a method, callbacks and the command line's parser."""
+
+from importlib import import_module
+
+_HOME = {"PMPModule": "pmpseg.training.pmp"}
+__all__ = ["PMPModule"]
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'pmpseg.training' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,142 @@
+"""Training PMP: a batch of images and prompts -> network -> set loss -> log; validation by class list and by phrase."""
+
+import math
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+
+from pmpseg.evaluation import Evaluator, numbers, table
+from pmpseg.hub import shipped_or
+from pmpseg.losses import SetLoss
+from pmpseg.models.clip import TextEncoder
+from pmpseg.models.pmp import PMP
+
+
+class PMPModule(LightningModule):
+    """PMP with its frozen text side, its loss and its metrics. What the classes are comes from the data module.
+
+    Args:
+        text: Hugging Face folder or hub id of a CLIP or a sentence encoder; ``tiny_clip`` is the one that ships with pmpseg.
+        templates: each phrase is put into all of them and the embeddings averaged.
+        backbone, backbone_weights, backbone_frozen, backbone_mean, backbone_std: see ``models.backbone.build_backbone``.
+        dim, num_queries, num_layers, num_heads, ffn_dim, prompt_attention: see ``models.pmp.PMP``.
+        lr, backbone_lr_factor, weight_decay, warmup_steps: AdamW with a linear warm-up and a cosine to zero; the pretrained
+            part of the backbone learns ``backbone_lr_factor`` times as fast.
+        class_weight, mask_weight, dice_weight, no_object_weight, num_points: see ``losses.SetLoss``.
+        threshold: of soft phrase masks, in validation; ``evaluate`` chooses one on the validation split.
+    """
+
+    def __init__(
+        self,
+        text: str = "tiny_clip",
+        templates: tuple[str, ...] = ("{}",),
+        backbone: str = "clip",
+        backbone_weights: str | None = "tiny_clip",
+        backbone_frozen: bool = False,
+        backbone_mean: tuple[float, float, float] | None = None,
+        backbone_std: tuple[float, float, float] | None = None,
+        dim: int = 128,
+        num_queries: int = 32,
+        num_layers: int = 3,
+        num_heads: int = 8,
+        ffn_dim: int = 512,
+        prompt_attention: str = "pooled",
+        lr: float = 1e-3,
+        backbone_lr_factor: float = 0.3,
+        weight_decay: float = 0.05,
+        warmup_steps: int = 50,
+        class_weight: float = 2.0,
+        mask_weight: float = 5.0,
+        dice_weight: float = 5.0,
+        no_object_weight: float = 0.1,
+        num_points: int = 1024,
+        threshold: float = 0.5,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.text = TextEncoder(shipped_or(text), templates)
+        self.network = PMP(
+            text_dim=self.text.dim,
+            backbone=backbone,
+            backbone_weights=backbone_weights and shipped_or(backbone_weights),
+            backbone_frozen=backbone_frozen,
+            backbone_mean=backbone_mean,
+            backbone_std=backbone_std,
+            dim=dim,
+            num_queries=num_queries,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            ffn_dim=ffn_dim,
+            prompt_attention=prompt_attention,
+        )
+        self.loss = SetLoss(class_weight, mask_weight, dice_weight, no_object_weight, num_points)
+        self.strict_loading = False  # checkpoints leave frozen weights out: they come from where they are named
+
+    def setup(self, stage: str) -> None:
+        data = self.trainer.datamodule
+        groups, kinds = getattr(data, "class_groups", None), getattr(data, "phrase_kinds", ())
+        self.evaluator = Evaluator(data.vocabulary, groups, kinds, self.hparams.threshold)
+
+    # ---- training
+
+    def training_step(self, batch: dict[str, Any], _: int) -> Tensor:
+        prompts = self.text.encode_batch(batch["prompts"])
+        masks = prompt_targets(batch)
+        prediction = self.network(batch["image"].float() / 255, prompts)
+        present = prompts.valid & masks.flatten(2).any(-1)
+        losses = self.loss(prediction, masks, present, batch["labels"] != 255)
+        for name, value in losses.items():
+            self.log(f"train/{name}", value.detach(), prog_bar=name == "loss", batch_size=len(masks))
+        return losses["loss"]
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        steps, p = self.trainer.estimated_stepping_batches, self.hparams
+        optimizer = torch.optim.AdamW(parameter_groups(self.network, p.lr, p.backbone_lr_factor if p.backbone_weights else 1.0, p.weight_decay))
+
+        def factor(step: int) -> float:
+            warm = min(1.0, (step + 1) / max(1, p.warmup_steps))
+            return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        learned = {name for name, p in self.named_parameters() if p.requires_grad} | {name for name, _ in self.named_buffers()}
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {k: v for k, v in state.items() if k in learned and not k.startswith("text.")}
+
+    # ---- evaluation
+
+    def validation_step(self, batch: dict[str, Any], _: int) -> None:
+        self.evaluator.update(self.network, self.text, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self.scores = self.evaluator.compute()
+        self.evaluator.reset()
+        self.log_dict({f"val/{name}": value for name, value in numbers(self.scores).items()})
+        if self.trainer.is_global_zero and not self.trainer.sanity_checking:
+            self.print(f"\nstep {self.global_step}\n{table(self.scores, self.trainer.datamodule.vocabulary)}\n")
+
+
+def prompt_targets(batch: dict[str, Any]) -> Tensor:
+    """The pixels of every prompt of a batch, (B, K, H, W) bool: given as masks, or made from labels on the device."""
+    if "prompt_masks" in batch:
+        return batch["prompt_masks"]
+    return batch["labels"][:, None] == batch["prompt_class"][..., None, None]
+
+
+def parameter_groups(network: PMP, lr: float, backbone_lr_factor: float, weight_decay: float) -> list[dict[str, Any]]:
+    """What learns, in four groups: pretrained or not, decayed (matrices) or not (norms, biases, embeddings)."""
+    pretrained = {id(p) for p in network.backbone.tower.parameters()}
+    embeddings = {id(m.weight) for m in network.modules() if isinstance(m, torch.nn.Embedding)}
+    groups: dict[tuple[bool, bool], list[Tensor]] = {}
+    for name, p in network.named_parameters():
+        if p.requires_grad:
+            plain = p.ndim < 2 or id(p) in embeddings or name.startswith("query_decoder.query")
+            groups.setdefault((id(p) in pretrained, plain), []).append(p)
+    return [
+        {"params": params, "lr": lr * (backbone_lr_factor if old else 1), "weight_decay": 0.0 if plain else weight_decay}
+        for (old, plain), params in groups.items()
+    ]
