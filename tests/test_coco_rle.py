@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pmpseg.data.coco import decode_rle, encode_rle, polygon_mask
+from pmpseg.data.coco import polygon_mask
+from pmpseg.rle import decode as decode_rle
+from pmpseg.rle import encode as encode_rle
 from pmpseg.errors import InputError
 
 SHARED = Path(os.environ.get("PMPSEG_SHARED", Path(__file__).parents[2] / "shared" / "data"))
@@ -50,7 +52,7 @@ def test_same_as_pycocotools():
 
 
 def test_wrong_length_is_named():
-    with pytest.raises(InputError, match=r"covers 4 pixels.*wants 6"):
+    with pytest.raises(InputError, match=r"add up to 4 pixels.*2 x 3"):
         decode_rle({"size": [2, 3], "counts": [1, 3]})
 
 

@@ -1,8 +1,9 @@
 """pmpseg: image segmentation guided by text prompts, with PMP and the models it is compared with.
 
-From Python: ``pmpseg.Segmenter.load(folder).segment(image, ["red circle", "stripes"])`` gives a ``Segmentation``.
-On the command line: ``python -m pmpseg.fit``, ``pmpseg.evaluate`` and ``pmpseg.predict``, each with ``--help``.
-``import pmpseg`` itself is light: torch is imported when ``Segmenter`` is first named, and Lightning only to train.
+From Python: ``pmpseg.Segmenter.load(folder).segment(image, ["red circle", "stripes"])`` gives a
+``Segmentation``. On the command line: ``python -m pmpseg.fit``, ``pmpseg.evaluate`` and ``pmpseg.predict``,
+each with ``--help``. ``import pmpseg`` itself is light: torch is imported when ``Segmenter`` is first named,
+and Lightning only to train.
 """
 
 from typing import TYPE_CHECKING

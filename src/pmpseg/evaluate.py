@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pmpseg import cli
+from pmpseg.config import Schema, find_class
 from pmpseg.errors import InputError
 
 
@@ -65,21 +66,24 @@ def evaluate(segmenter: Any, data: Any, split: str = "test", threshold: float | 
 
 def read_data(path: str) -> dict[str, Any]:
     """The ``data`` of a YAML config as class_path and init_args."""
-    from pmpseg.training.cli import read_config
-
-    config = read_config(path)
-    if not isinstance(config.get("data"), dict) or "class_path" not in config["data"]:
+    data = _schema().read(path).get("data")
+    if not isinstance(data, dict) or "class_path" not in data:
         raise InputError(f"{path}: no 'data' with a class_path in it")
-    return config["data"]
+    return data
 
 
 def build_data(spec: dict[str, Any]) -> Any:
     """The data module that a config's ``data`` describes; unknown classes and arguments give one clear line."""
+    schema = _schema()
+    schema.check({"data": spec}, "data")
+    cls = find_class(spec["class_path"], schema.bases["data"])
+    return cls(**(spec.get("init_args") or {}))
+
+
+def _schema() -> Schema:
     from lightning.pytorch import LightningDataModule
 
-    cls = cli.find_class(spec["class_path"], LightningDataModule)
-    cli.check_config({"data": spec}, {"data"}, {"data": LightningDataModule}, "data")
-    return cls(**(spec.get("init_args") or {}))
+    return Schema({"data"}, {"data": LightningDataModule})
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""Text and legends as pictures, and stacking them: the typesetting of ``pmpseg.drawing``, in PIL."""
+"""The typesetting of ``pmpseg.drawing``: text and legends as pictures, stacking them, and a page's HTML."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -39,7 +40,9 @@ def text_block(text: str, size: int, colour: Colour, width: int) -> Image.Image:
     step = round(1.3 * size)
     sheet = Image.new("RGB", (width, step * len(lines)), PAPER)
     for number, line in enumerate(lines):
-        ImageDraw.Draw(sheet).text((0, number * step + step // 2), line, fill=colour, font=font(size), anchor="lm")
+        ImageDraw.Draw(sheet).text(
+            (0, number * step + step // 2), line, fill=colour, font=font(size), anchor="lm"
+        )
     return sheet
 
 
@@ -53,11 +56,13 @@ def wrap(text: str, face: ImageFont.FreeTypeFont, width: int) -> list[str]:
                 lines.append("")
             lines[-1] = f"{lines[-1]} {word}".strip()
             while face.getlength(lines[-1]) > width and len(lines[-1]) > 1:
-                keep = len(lines[-1]) - 1
-                while keep > 1 and face.getlength(lines[-1][:keep]) > width:
-                    keep -= 1
-                lines[-1:] = [lines[-1][:keep], lines[-1][keep:]]
+                fits = max(1, _length_that_fits(lines[-1], face, width))
+                lines[-1:] = [lines[-1][:fits], lines[-1][fits:]]
     return lines
+
+
+def _length_that_fits(text: str, face: ImageFont.FreeTypeFont, width: int) -> int:
+    return bisect_right(range(len(text)), width, key=lambda n: face.getlength(text[:n])) - 1
 
 
 def stack(sheets: Sequence[Image.Image], gap: int = 0, margin: int = 0) -> Image.Image:
@@ -75,3 +80,34 @@ def stack(sheets: Sequence[Image.Image], gap: int = 0, margin: int = 0) -> Image
 @lru_cache
 def font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(size)
+
+
+# title, intro, classes (legend), articles (rows)
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; --ink: #191c21; --faint: #5f6670; --paper: #fff; --card: #f4f5f7 }}
+@media (prefers-color-scheme: dark) {{
+  :root {{ --ink: #e8eaed; --faint: #a2a9b3; --paper: #15171a; --card: #202329 }} }}
+body {{ font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+  max-width: 1300px; margin: 2rem auto; padding: 0 1rem }}
+h1 {{ font-size: 1.6rem; margin: 0 }} h2 {{ font-size: 1.1rem; margin: 0; overflow-wrap: anywhere }}
+p, figcaption {{ color: var(--faint); margin: .2rem 0 }}
+p {{ white-space: pre-line; overflow-wrap: anywhere }}
+main {{ display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 600px), 1fr));
+  margin-top: 1rem }}
+article {{ background: var(--card); border-radius: 8px; padding: .8rem 1rem }}
+article div {{ display: flex; gap: .6rem; margin-top: .5rem }}
+figure {{ margin: 0; flex: 1 1 0; min-width: 0 }} figcaption {{ font-size: .85rem; text-align: center }}
+img {{ display: block; width: 100%; height: auto; border-radius: 4px }}
+ul {{ display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; padding: 0; list-style: none }}
+i {{ display: inline-block; width: .9em; height: .9em; border-radius: 3px; margin-right: .4em;
+  vertical-align: -.1em }}
+</style></head>
+<body><h1>{title}</h1><p>{intro}</p><ul>{classes}</ul>
+<main>
+{articles}
+</main></body></html>
+"""

@@ -1,8 +1,9 @@
 """``python -m pmpseg.predict MODEL IMAGE_OR_FOLDER --prompts "red circle; stripes" --out DIR``.
 
-Writes, for each image NAME, ``NAME_overlay.png`` and a mask (0 or 255) for each prompt, ``NAME_mask_00_red-circle.png``,
-and for all together ``predictions.json`` in COCO's format, masks as run lengths. Sub-folders are kept.
-Never imports lightning, and torch only after the arguments are known to be good.
+Writes, for each image NAME, ``NAME_overlay.png`` and a mask (0 or 255) for each prompt,
+``NAME_mask_00_red-circle.png``, and for all together ``predictions.json`` in COCO's format, masks as run
+lengths. Sub-folders are kept. Never imports lightning, and torch only after the arguments are known to be
+good.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     segmenter = Segmenter.load(model, device=choose_device(args.device))
     found: dict[str, Any] = {
-        "info": {"model": args.model, "threshold": segmenter.threshold if args.threshold is None else args.threshold},
+        "info": {
+            "model": args.model,
+            "threshold": segmenter.threshold if args.threshold is None else args.threshold,
+        },
         "images": [],
         "categories": [{"id": number, "name": prompt} for number, prompt in enumerate(prompts)],
         "annotations": [],
@@ -61,31 +66,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_pictures(answer, prompts, args.out / name)
         number = len(found["images"])
         file_name = path.name if path == args.images else path.relative_to(args.images).as_posix()
-        found["images"].append({"id": number, "file_name": file_name, "width": image.width, "height": image.height})
+        found["images"].append(
+            {"id": number, "file_name": file_name, "width": image.width, "height": image.height}
+        )
         for annotation in answer.to_coco():
-            ids = {"id": len(found["annotations"]), "image_id": number, "category_id": prompts.index(annotation["prompt"])}
+            ids = {
+                "id": len(found["annotations"]),
+                "image_id": number,
+                "category_id": prompts.index(annotation["prompt"]),
+            }
             found["annotations"].append({**ids, **annotation, "iscrowd": 0})
     seconds = time.perf_counter() - started
     with whole_file(args.out / "predictions.json") as temporary:
         temporary.write_text(json.dumps(found), encoding="utf-8")
     done, skipped = len(found["images"]), len(images) - len(found["images"])
     skips = f", {skipped} skipped" if skipped else ""
-    print(f"{done} images{skips}, {done / seconds:.2f} images/s: pictures and predictions.json are in {args.out}")
+    speed = f"{done / seconds:.2f} images/s"
+    print(f"{done} images{skips}, {speed}: pictures and predictions.json are in {args.out}")
     return 1 if skipped else 0
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m pmpseg.predict", description="Outline what the prompts name, in an image or a folder of images."
+        prog="python -m pmpseg.predict",
+        description="Outline what the prompts name, in an image or a folder of images.",
     )
     parser.add_argument("model", metavar="MODEL", help="the model/ folder of a run, or a hub id")
     parser.add_argument("images", metavar="IMAGE_OR_FOLDER", type=Path, help="sub-folders are searched too")
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--prompts", metavar='"A; B"', help="words or phrases, separated by semicolons")
-    asked.add_argument("--names-from", metavar="FILE", type=Path, help="a class list (conf/vocab/*.txt): a prompt a class")
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="where the pictures and the JSON go")
-    parser.add_argument("--threshold", metavar="T", type=float, help="of a mask, 0 to 1 (default: the model's own)")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: cuda if there is one")
+    asked.add_argument(
+        "--names-from", metavar="FILE", type=Path, help="a class list (conf/vocab/*.txt): a prompt a class"
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, required=True, help="where the pictures and the JSON go"
+    )
+    parser.add_argument(
+        "--threshold", metavar="T", type=float, help="of a mask, 0 to 1 (default: the model's own)"
+    )
+    parser.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: cuda if there is one"
+    )
     args = parser.parse_args(arguments)
     if args.threshold is not None and not 0 <= args.threshold <= 1:
         raise InputError(f"--threshold must lie in 0 to 1, got {args.threshold:g}")
@@ -103,7 +124,8 @@ def check_model(name: str) -> Path:
 
 
 def list_images(source: Path, out: Path) -> dict[Path, Path]:
-    """Each image with the name that its pictures get, relative to ``out``: its own path without the extension.
+    """Each image with the name that its pictures get, relative to ``out``: its own path without the
+    extension.
 
     Where two would get the same name (a.jpg, a.png), all of them keep the extension, as a_jpg.
     """
@@ -112,18 +134,23 @@ def list_images(source: Path, out: Path) -> dict[Path, Path]:
     if not source.is_dir():
         raise InputError(f"no image or folder at {source}")
     if source.resolve() == out.resolve():
-        raise InputError(f"--out must not be the folder of the images ({source}): its pictures would be read next time")
+        raise InputError(
+            f"--out must not be the folder of the images ({source}): its pictures would be read next time"
+        )
     files = [path for path in sorted(source.rglob("*")) if path.suffix.lower() in SUFFIXES and path.is_file()]
     files = [path for path in files if not path.resolve().is_relative_to(out.resolve())]  # of an earlier run
     if not files:
         raise InputError(f"no images in {source}: want files that end in {', '.join(sorted(SUFFIXES))}")
-    names = {path: path.relative_to(source).with_suffix("") for path in files}
+    stems = {path: path.relative_to(source).with_suffix("") for path in files}
     # some file systems know no case: A.png and a.png must differ in more than that
-    while twice := {key for key, n in Counter(str(name).lower() for name in names.values()).items() if n > 1}:
-        clashing = [path for path, name in names.items() if str(name).lower() in twice]
-        for number, path in enumerate(clashing):
-            ending = path.suffix[1:] if "." not in names[path].name else str(number)
-            names[path] = names[path].with_name(f"{names[path].name}_{ending}")
+    often = Counter(str(stem).lower() for stem in stems.values())
+    names: dict[Path, Path] = {}
+    taken: set[str] = set()
+    for path, stem in stems.items():
+        base = stem.name if often[str(stem).lower()] == 1 else f"{stem.name}_{path.suffix[1:]}"
+        tries = (stem.with_name(base if n == 1 else f"{base}_{n}") for n in count(1))
+        names[path] = next(name for name in tries if str(name).lower() not in taken)
+        taken.add(str(names[path]).lower())
     return names
 
 

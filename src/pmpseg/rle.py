@@ -1,9 +1,9 @@
 """COCO run-length encoding of masks, without pycocotools (which the tests compare it with).
 
-A mask is read column by column; the counts are the lengths of its runs of 0, 1, 0, 1, ... (the first may be 0). In
-the compressed form each count from the fourth on is written as its difference to the count two before it, so that
-neighbouring columns give small numbers, and each number as a string of characters with five bits each, lowest first:
-``chr(48 + bits + 32 * more)``, the highest bit of the last character being the sign.
+A mask is read column by column; the counts are the lengths of its runs of 0, 1, 0, 1, ... (the first may be
+0). In the compressed form each count from the fourth on is written as its difference to the count two before
+it, so that neighbouring columns give small numbers, and each number as a string of characters with five bits
+each, lowest first: ``chr(48 + bits + 32 * more)``, the highest bit of the last character being the sign.
 """
 
 from collections.abc import Mapping
@@ -17,18 +17,23 @@ BITS, MORE, SIGN = 31, 32, 16  # of one character
 
 
 def encode(mask: np.ndarray) -> dict[str, Any]:
-    """Mask (H, W), bool or 0/1 -> ``{"size": [H, W], "counts": str}``. Raises ``InputError`` for another shape."""
+    """Mask (H, W), bool or 0/1 -> ``{"size": [H, W], "counts": str}``. Raises ``InputError`` for another
+    shape.
+    """
     mask = np.asarray(mask)
     if mask.ndim != 2:
         raise InputError(f"a mask to encode must have shape (H, W), got {mask.shape}")
     pixels = mask.astype(bool).ravel(order="F")
-    changes = np.flatnonzero(np.diff(pixels, prepend=False))  # has 0 where a mask begins with 1: an empty first run
+    changes = np.flatnonzero(
+        np.diff(pixels, prepend=False)
+    )  # has 0 where a mask begins with 1: an empty first run
     counts = np.diff(changes, prepend=0, append=pixels.size)
     return {"size": [int(side) for side in mask.shape], "counts": _to_string(counts)}
 
 
 def decode(rle: Mapping[str, Any]) -> np.ndarray:
-    """``{"size": [H, W], "counts": ...}`` -> mask (H, W) bool. Counts may be a string, bytes or a list of run lengths.
+    """``{"size": [H, W], "counts": ...}`` -> mask (H, W) bool. Counts may be a string, bytes or a list of run
+    lengths.
 
     Raises ``InputError`` where the counts are malformed or do not add up to H x W.
     """
@@ -39,7 +44,9 @@ def decode(rle: Mapping[str, Any]) -> np.ndarray:
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"not a COCO RLE, which is {{'size': [H, W], 'counts': ...}}: {error!r}") from None
     if (runs < 0).any() or runs.sum() != height * width:
-        raise InputError(f"the runs of an RLE add up to {runs.sum()} pixels, but its size is {height} x {width}")
+        raise InputError(
+            f"the runs of an RLE add up to {runs.sum()} pixels, but its size is {height} x {width}"
+        )
     values = np.arange(len(runs)) % 2 == 1  # runs of 0 and 1 in turn
     return np.repeat(values, runs).reshape(height, width, order="F")
 
@@ -71,7 +78,9 @@ def _from_string(text: str | bytes) -> np.ndarray:
     lengths = np.diff(ends, prepend=-1)
     if (lengths > 12).any():
         raise ValueError("a count is larger than 64 bits")
-    place = np.arange(len(characters)) - np.repeat(ends - lengths + 1, lengths)  # of a character in its number
+    place = np.arange(len(characters)) - np.repeat(
+        ends - lengths + 1, lengths
+    )  # of a character in its number
     numbers = np.zeros(len(ends), dtype=np.int64)
     np.add.at(numbers, np.repeat(np.arange(len(ends)), lengths), (characters & BITS) << (5 * place))
     numbers -= np.where(characters[ends] & SIGN, 1 << (5 * lengths), 0)

@@ -77,8 +77,9 @@ def draw_scene(
     size: int = 128,
     things: tuple[int, int] = (3, 6),
     colours: tuple[str, ...] = tuple(COLOURS),
+    patterns: tuple[str, ...] = PATTERNS,
 ) -> Scene:
-    """The scene number ``index``: ``size`` x ``size`` pixels with about ``things`` objects in some of the ``colours``.
+    """The scene number ``index``: ``size`` x ``size`` pixels with about ``things`` objects of these colours and patterns.
 
     ``kind`` "seen" draws nothing that is held out; "combination" and "word" have at least one held-out pair or noun, beside
     things that share its colour or its shape, so that naming the colour alone does not find it.
@@ -89,7 +90,7 @@ def draw_scene(
     pattern = np.zeros((size, size), bool)
     placed: list[Thing] = []
     wanted = int(rng.integers(things[0], things[1] + 1))
-    for look in _choose_looks(rng, wanted, kind, colours):
+    for look in _choose_looks(rng, wanted, kind, colours, patterns):
         thing = _place(rng, look, size, owner, placed)
         if thing is not None:
             placed.append(thing)
@@ -102,16 +103,18 @@ def draw_scene(
 # ---- what is in a scene
 
 
-def _choose_looks(rng: np.random.Generator, count: int, kind: str, colours: tuple[str, ...]) -> list[tuple[str, str, str, str]]:
+def _choose_looks(
+    rng: np.random.Generator, count: int, kind: str, colours: tuple[str, ...], patterns: tuple[str, ...]
+) -> list[tuple[str, str, str, str]]:
     """(shape, colour, pattern, size) of each thing: most differ from an earlier one in exactly one attribute (distractors)."""
-    looks = [_random_look(rng, kind, colours)]
+    looks = [_random_look(rng, kind, colours, patterns)]
     while len(looks) < count:
         if rng.random() < 0.3:
-            look = _random_look(rng, "seen", colours)
+            look = _random_look(rng, "seen", colours, patterns)
         else:
             base = list(looks[int(rng.integers(len(looks)))])
             which = int(rng.integers(4))
-            options = (SEEN_SHAPES, colours, PATTERNS, SIZES)[which]
+            options = (SEEN_SHAPES, colours, patterns, SIZES)[which]
             base[which] = options[int(rng.integers(len(options)))]
             look = tuple(base)
         allowed = {"seen": ("seen",), "combination": ("seen", "combination"), "word": ("seen", "word")}[kind]
@@ -120,14 +123,16 @@ def _choose_looks(rng: np.random.Generator, count: int, kind: str, colours: tupl
     return looks[:count]
 
 
-def _random_look(rng: np.random.Generator, kind: str, colours: tuple[str, ...]) -> tuple[str, str, str, str]:
+def _random_look(
+    rng: np.random.Generator, kind: str, colours: tuple[str, ...], patterns: tuple[str, ...]
+) -> tuple[str, str, str, str]:
     pick = lambda options: options[int(rng.integers(len(options)))]  # noqa: E731
     while True:
         shape, colour = pick(UNSEEN_SHAPES if kind == "word" else SEEN_SHAPES), pick(colours)
         if kind == "combination":
             colour, shape = pick([pair for pair in sorted(UNSEEN_COMBINATIONS) if pair[0] in colours])
         if group_of(colour, shape) == kind:
-            return shape, colour, pick(PATTERNS), pick(SIZES)
+            return shape, colour, pick(patterns), pick(SIZES)
 
 
 def _place(rng, look, size: int, owner: np.ndarray, placed: list[Thing]) -> Thing | None:

@@ -20,6 +20,7 @@ CLASSES = tuple(f"{c} {s}" for c in COLOURS for s in SHAPES) + STUFF
 CLASS_GROUP = {f"{c} {s}": group_of(c, s) for c in COLOURS for s in SHAPES}
 CLASS_GROUP |= {s: "word" if s in UNSEEN_STUFF else "seen" for s in STUFF}
 ABSENT_AT_TEST = 6  # as many absent phrases as there are kinds of present ones
+Ask = tuple[str, Phrase | int | None, int]  # text, the phrase or class it stands for, class index or -1
 _SPLIT_SEED = {"train": 0, "val": 1_000_003, "test": 2_000_003}
 
 
@@ -77,8 +78,7 @@ class SceneDataset(SegmentationDataset):
         scene = self.scene(index, epoch)
         labels = label_map(scene)
         rng = np.random.default_rng([self.seed, index, epoch, 1])
-        choose = self._training_prompts if self.split == "train" else self._test_phrases
-        asked = choose(scene, labels, rng)
+        asked = self._training_prompts(scene, labels, rng) if self.split == "train" else self.test_phrases(scene, rng)
         asked += [("", None, -1)] * (self._num_prompts() - len(asked))
         masks = [_mask(ask, scene, labels) for _, ask, _ in asked]
         return {
@@ -95,15 +95,15 @@ class SceneDataset(SegmentationDataset):
     def _num_prompts(self) -> int:
         return self.data.num_prompts if self.split == "train" else len(PHRASE_KINDS) + ABSENT_AT_TEST
 
-    def _test_phrases(self, scene: Scene, labels: np.ndarray, rng: np.random.Generator) -> list:
-        """One phrase of every kind that the scene has, and as many with nothing to find."""
+    def test_phrases(self, scene: Scene, rng: np.random.Generator) -> list[Ask]:
+        """One phrase of every kind that the scene has, and as many with nothing to find; none is a class, hence -1."""
         seen_only = self.split != "test"
         phrases = [present_phrase(scene, kind, rng, seen_only) for kind in PHRASE_KINDS]
         phrases += [absent_phrase(scene, rng, seen_only) for _ in range(ABSENT_AT_TEST)]
         phrases = list({p.text: p for p in phrases if p is not None}.values())
         return [(p.text, p, -1) for p in phrases]
 
-    def _training_prompts(self, scene: Scene, labels: np.ndarray, rng: np.random.Generator) -> list:
+    def _training_prompts(self, scene: Scene, labels: np.ndarray, rng: np.random.Generator) -> list[Ask]:
         """Classes and phrases of the image, the rest absent ones, in any order; sometimes only a few of them."""
         size = self.data.num_prompts
         here = [int(c) for c in np.unique(labels)]

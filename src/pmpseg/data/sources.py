@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 
 from pmpseg.data.base import IGNORE
-from pmpseg.data.coco import decode_rle, polygon_mask
+from pmpseg import rle
+from pmpseg.data.coco import polygon_mask
 from pmpseg.errors import InputError
 from pmpseg.vocabulary import Vocabulary
 
@@ -135,7 +136,7 @@ class CocoInstances:
                 for polygon in segmentation:
                     mask |= polygon_mask(np.reshape(polygon, (-1, 2)), *shape)
                 return mask
-            mask = decode_rle(segmentation)
+            mask = rle.decode(segmentation)
         except (ValueError, KeyError, IndexError) as error:
             raise InputError(f"{self.path}: annotation {annotation['id']} has a bad mask: {error}") from None
         if mask.shape != shape:

@@ -108,7 +108,8 @@ def build_backbone(
     width: of a ViT, the channels of each level of the pyramid, a multiple of 32. Default: 96.
     frozen: trains only what stands on top of the tower. Default: False.
 
-    Raises InputError for a name, weights or setting that cannot be used, FileNotFoundError for no file.
+    Raises InputError for a name, weights or setting that cannot be used, FileNotFoundError for a file that is
+    not there.
     """
     config = {"name": name, "frozen": False} | (config or {})
     if config["name"] != name:

@@ -62,8 +62,8 @@ class TextEncoder(nn.Module):
             config = AutoConfig.from_pretrained(self.name)
             self.is_clip = config.model_type in ("clip", "clip_text_model")
             if not self.is_clip and (hasattr(config, "vision_config") or config.is_encoder_decoder):
-                kind = config.model_type
-                raise InputError(f"{self.name} is a {kind!r} model; wanted a CLIP or a plain text encoder")
+                got = config.model_type
+                raise InputError(f"{self.name} is a {got!r} model; wanted a CLIP or a plain text encoder")
             if config.model_type == "clip":
                 # In a whole CLIP the outer number counts; the text half's own is often just the default.
                 config.text_config.projection_dim = config.projection_dim
@@ -130,22 +130,19 @@ class TextEncoder(nn.Module):
         index = index.to(self.device)
         return Prompts(*(table[index] for table in tables), valid=index >= 0)
 
+    @torch.no_grad()
     def _entries(self, phrases: list[Phrase]) -> list[tuple[Tensor, Tensor]]:
         """tokens (T, D) and pooled (D,) of each phrase on the CPU, from the cache or encoded now."""
         entries = {phrase: self._cache.get((self.templates, phrase)) for phrase in phrases}
         new = [phrase for phrase, entry in entries.items() if entry is None]
         texts = [template.replace("{}", s) for phrase in new for s in phrase for template in self.templates]
-        # What is cached outlives the caller's context: it must fit a later training step, at full precision.
-        with torch.inference_mode(False), torch.no_grad():
-            encoded = self._encode(texts)
-            for phrase in new:
-                own = [next(encoded) for _ in range(len(phrase) * len(self.templates))]
-                pooled = torch.stack([pooled for _, pooled in own])
-                if self.normalize:
-                    pooled = F.normalize(F.normalize(pooled, dim=-1).mean(0), dim=-1)
-                else:
-                    pooled = pooled.mean(0)
-                entries[phrase] = self._cache[self.templates, phrase] = (own[0][0], pooled)
+        encoded = self._encode(texts)
+        for phrase in new:
+            own = [next(encoded) for _ in range(len(phrase) * len(self.templates))]
+            rows = torch.stack([pooled for _, pooled in own])
+            mean = (F.normalize(rows, dim=-1) if self.normalize else rows).mean(0)
+            pooled = F.normalize(mean, dim=-1) if self.normalize else mean
+            entries[phrase] = self._cache[self.templates, phrase] = (own[0][0], pooled)
         while len(self._cache) > CACHED_PHRASES:
             del self._cache[next(iter(self._cache))]  # the oldest
         return list(entries.values())
@@ -161,7 +158,7 @@ class TextEncoder(nn.Module):
             ids = pad_sequence(chunk, batch_first=True, padding_value=padding).to(device)  # (N, T)
             length = torch.tensor([len(row) for row in chunk], device=device)
             mask = torch.arange(ids.shape[1], device=device) < length.unsqueeze(1)
-            with torch.autocast(device.type, enabled=False):
+            with torch.autocast(device.type, enabled=False):  # what is cached serves callers of any precision
                 tokens = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state  # (N, T, D)
                 if self.is_clip:
                     tokens = self.model.text_projection(tokens)
@@ -196,8 +193,9 @@ class TextEncoder(nn.Module):
         token: all phrases get one embedding. Mended, since what the tokenizer writes is what texts end with.
         """
         end = self.tokenizer.eos_token_id
-        if self.tokenizer("a").input_ids[-1] != end:
-            raise InputError(f"the tokenizer of {self.name} does not end texts with its eos token")
+        ids = self.tokenizer("a").input_ids
+        if ids[-1] != end or end in ids[:-1]:  # where there is none, transformers makes one without letters
+            raise InputError(f"{self.name} lacks its tokenizer: tokenizer.json, or vocab.json and merges.txt")
         config = self.model.config
         # OpenAI's own folders say 2, which transformers takes to mean the highest id.
         meant = max(self.tokenizer.get_vocab().values()) if config.eos_token_id == 2 else config.eos_token_id

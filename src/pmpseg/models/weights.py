@@ -54,7 +54,7 @@ def load_weights(net: nn.Module, path: str | Path, name: str) -> str:
 
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}; wanted 'timm', 'hf-hub:...', a .safetensors or .pth file")
+        raise FileNotFoundError(f"no weights at {path}; wanted a .safetensors or .pth file that exists")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

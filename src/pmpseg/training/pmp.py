@@ -1,12 +1,13 @@
 """Training PMP: a batch of images and prompts -> network -> set loss -> log; validation by class list and by phrase."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
 from torch import Tensor
 
+from pmpseg.data.base import IGNORE
 from pmpseg.evaluation import Evaluator, numbers, table
 from pmpseg.hub import shipped_or
 from pmpseg.losses import SetLoss
@@ -42,7 +43,7 @@ class PMPModule(LightningModule):
         num_layers: int = 3,
         num_heads: int = 8,
         ffn_dim: int = 512,
-        prompt_attention: str = "pooled",
+        prompt_attention: Literal["none", "pooled", "tokens"] = "pooled",
         lr: float = 1e-3,
         backbone_lr_factor: float = 0.3,
         weight_decay: float = 0.05,
@@ -86,7 +87,9 @@ class PMPModule(LightningModule):
         masks = prompt_targets(batch)
         prediction = self.network(batch["image"].float() / 255, prompts)
         present = prompts.valid & masks.flatten(2).any(-1)
-        losses = self.loss(prediction, masks, present, batch["labels"] != 255)
+        # Where prompts bring their own masks, what is outside is known not to be meant, labelled or not.
+        counted = None if "prompt_masks" in batch else batch["labels"] != IGNORE
+        losses = self.loss(prediction, masks, present, counted)
         for name, value in losses.items():
             self.log(f"train/{name}", value.detach(), prog_bar=name == "loss", batch_size=len(masks))
         return losses["loss"]

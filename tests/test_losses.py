@@ -1,0 +1,130 @@
+"""The set loss: against the plainest possible computation, and its invariances."""
+
+import itertools
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from pmpseg.losses import SetLoss, dice_loss, sample
+from pmpseg.models.prompts import Prediction
+
+
+def small(batch=2, queries=4, prompts=3, size=8, layers=1, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    masks = torch.rand(batch, prompts, size, size, generator=g) > 0.6
+    present = masks.flatten(2).any(-1)
+    outputs = [(torch.randn(batch, queries, size, size, generator=g), torch.randn(batch, queries, prompts + 1, generator=g)) for _ in range(layers)]
+    return Prediction(*outputs[-1], outputs[:-1]), masks, present
+
+
+def test_the_matching_is_the_cheapest_of_all():
+    prediction, masks, present = small(batch=1, queries=3, prompts=2)
+    loss = SetLoss(num_points=4096)
+    torch.manual_seed(0)
+    row, query, prompt = loss.match(*prediction[:2], masks.float(), present, torch.ones(1, 1, 8, 8))
+    found = dict(zip(prompt.tolist(), query.tolist(), strict=True))
+
+    def cost(q: int, k: int) -> float:
+        truth, logits = masks[0, k].float(), prediction.mask_logits[0, q]
+        bce = F.binary_cross_entropy_with_logits(logits, truth)
+        p = logits.sigmoid()
+        dice = 1 - (2 * (p * truth).sum() * 64 + 1) / (p.sum() * 64 + truth.sum() * 64 + 1)
+        return float(-2 * prediction.class_logits[0, q].softmax(-1)[k] + 5 * bce + 5 * dice)
+
+    best = min(itertools.permutations(range(3), 2), key=lambda qs: sum(cost(q, k) for k, q in enumerate(qs)))
+    assert [found[0], found[1]] == list(best)
+
+
+def test_a_perfect_answer_costs_almost_nothing():
+    masks, present = torch.zeros(2, 3, 16, 16, dtype=torch.bool), torch.ones(2, 3, dtype=torch.bool)
+    for k in range(3):
+        masks[:, k, :, 4 * k : 4 * k + 6] = True
+    mask_logits = (masks.float() * 2 - 1) * 8
+    class_logits = torch.full((2, 3, 4), -50.0)
+    class_logits[:, range(3), range(3)] = 50.0
+    loss = SetLoss(num_points=512, importance=0.0)
+    losses = loss(Prediction(mask_logits, class_logits), masks, present)
+    assert losses["class"] < 1e-6 and losses["mask"] < 1 and losses["dice"] < 0.5  # bilinear edges are all that is left
+    worse = loss(Prediction(-mask_logits, class_logits), masks, present)
+    assert worse["loss"] > 20 * losses["loss"]
+
+
+def test_the_order_of_queries_and_prompts_does_not_matter():
+    prediction, masks, present = small()
+    whole = SetLoss(num_points=20000)
+    torch.manual_seed(0)
+    a = whole(prediction, masks, present)
+    q, k = torch.tensor([2, 0, 3, 1]), torch.tensor([2, 0, 1])
+    classes = prediction.class_logits[:, q][..., torch.cat([k, torch.tensor([3])])]
+    torch.manual_seed(0)
+    b = whole(Prediction(prediction.mask_logits[:, q], classes), masks[:, k], present[:, k])
+    for name in a:  # points are drawn at random, hence not exactly
+        assert torch.isclose(a[name], b[name], rtol=0.03), name
+
+
+def test_padding_prompts_change_nothing():
+    prediction, masks, present = small()
+    torch.manual_seed(0)
+    a = SetLoss(num_points=256)(prediction, masks, present)
+    padded_logits = torch.cat([prediction.class_logits[..., :3], torch.full((2, 4, 2), -1e4), prediction.class_logits[..., 3:]], -1)
+    padded_masks = F.pad(masks, (0, 0, 0, 0, 0, 2))
+    torch.manual_seed(0)
+    b = SetLoss(num_points=256)(Prediction(prediction.mask_logits, padded_logits), padded_masks, F.pad(present, (0, 2)))
+    for name in a:
+        assert torch.allclose(a[name], b[name], atol=1e-5), name
+
+
+def test_ignored_pixels_have_no_gradient():
+    prediction, masks, present = small()
+    logits = prediction.mask_logits.clone().requires_grad_()
+    counted = torch.ones(2, 8, 8, dtype=torch.bool)
+    counted[:, :, :4] = False
+    SetLoss(num_points=2000)(Prediction(logits, prediction.class_logits), masks, present, counted)["loss"].backward()
+    assert logits.grad[..., :3].abs().max() == 0
+    assert logits.grad[..., 5:].abs().max() > 0
+
+
+def test_images_without_objects():
+    prediction, masks, present = small(layers=3)
+    logits = prediction.class_logits.clone().requires_grad_()
+    losses = SetLoss(num_points=64)(prediction._replace(class_logits=logits), torch.zeros_like(masks), torch.zeros_like(present))
+    assert losses["mask"] == 0 and losses["dice"] == 0 and losses["class"] > 0
+    losses["loss"].backward()
+    assert torch.isfinite(logits.grad).all()
+
+
+def test_more_targets_than_queries():
+    prediction, masks, present = small(queries=2, prompts=3)
+    losses = SetLoss(num_points=64)(prediction, masks, present)
+    assert torch.isfinite(losses["loss"])
+
+
+def test_every_layer_is_counted():
+    prediction, masks, present = small(layers=1)
+    thrice = prediction._replace(aux=[(prediction.mask_logits, prediction.class_logits)] * 2)
+    loss = SetLoss(num_points=20000)
+    one, three = loss(prediction, masks, present), loss(thrice, masks, present)
+    assert torch.isclose(three["class"], 3 * one["class"], rtol=1e-4)
+    assert torch.isclose(three["dice"], 3 * one["dice"], rtol=0.02)
+
+
+def test_dice_by_hand():
+    logits = torch.tensor([[100.0, 100.0, -100.0, -100.0]])
+    truth = torch.tensor([[1.0, 0.0, 1.0, 0.0]])
+    everywhere = torch.ones(1, 4)
+    assert torch.allclose(dice_loss(logits, truth, everywhere), torch.tensor([1 - 3 / 5]))
+    first_two = torch.tensor([[1.0, 1.0, 0.0, 0.0]])
+    assert torch.allclose(dice_loss(logits, truth, first_two), torch.tensor([1 - 3 / 4]))
+
+
+def test_sample_reads_x_then_y():
+    maps = torch.arange(8.0).reshape(1, 1, 2, 4)
+    points = torch.tensor([[[0.875, 0.25], [0.125, 0.75]]])  # last column of row 0, first column of row 1
+    assert sample(maps, points).tolist() == [[[3.0, 4.0]]]
+
+
+def test_shapes_must_fit():
+    prediction, masks, present = small()
+    with pytest.raises(ValueError, match=r"masks: got \(2, 3"):
+        SetLoss()(prediction, masks, present[:, :2])

@@ -1,0 +1,170 @@
+"""PMP as a network: shapes, what its answers may not depend on, and that every parameter learns."""
+
+import pytest
+import torch
+
+from pmpseg.inference import ask_one_by_one, semantic_labels, soft_masks, upsample
+from pmpseg.losses import SetLoss
+from pmpseg.models import PMP, Prediction, Prompts
+from pmpseg.models.query_decoder import PROMPT_ATTENTION, sine_position
+
+TINY = {"backbone": "test_resnet", "text_dim": 12, "dim": 32, "num_queries": 5, "num_layers": 3, "num_heads": 4, "ffn_dim": 32}
+
+
+def build(prompt_attention: str = "pooled", seed: int = 0) -> PMP:
+    torch.manual_seed(seed)
+    return PMP(**TINY, prompt_attention=prompt_attention).eval()
+
+
+def prompts_of(batch: int = 2, count: int = 4, words: int = 3, seed: int = 1) -> Prompts:
+    g = torch.Generator().manual_seed(seed)
+    token_valid = torch.ones(batch, count, words, dtype=torch.bool)
+    token_valid[:, 1, 2:] = False
+    return Prompts(
+        torch.randn(batch, count, words, 12, generator=g),
+        token_valid,
+        torch.randn(batch, count, 12, generator=g),
+        torch.ones(batch, count, dtype=torch.bool),
+    )
+
+
+IMAGE = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("prompt_attention", PROMPT_ATTENTION)
+@torch.no_grad()
+def test_shapes(prompt_attention):
+    found = build(prompt_attention)(IMAGE, prompts_of())
+    assert isinstance(found, Prediction)
+    assert found.mask_logits.shape == (2, 5, 16, 24) and found.class_logits.shape == (2, 5, 5)
+    assert len(found.aux) == 3 and found.aux[0][0].shape == (2, 5, 16, 24)
+
+
+@pytest.mark.parametrize("prompt_attention", PROMPT_ATTENTION)
+@torch.no_grad()
+def test_the_order_of_prompts_does_not_matter(prompt_attention):
+    network, prompts, order = build(prompt_attention), prompts_of(), torch.tensor([2, 0, 3, 1])
+    a, b = network(IMAGE, prompts), network(IMAGE, prompts.select(order))
+    assert torch.allclose(a.mask_logits, b.mask_logits, atol=1e-4)
+    assert torch.allclose(a.class_logits[..., [2, 0, 3, 1, 4]], b.class_logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("prompt_attention", PROMPT_ATTENTION)
+@torch.no_grad()
+def test_padding_does_not_matter(prompt_attention):
+    network, prompts = build(prompt_attention), prompts_of()
+    garbage = prompts_of(count=3, words=5, seed=9)
+    padded = Prompts(
+        torch.cat([torch.nn.functional.pad(prompts.tokens, (0, 0, 0, 2), value=7.0), garbage.tokens], 1),
+        torch.cat([torch.nn.functional.pad(prompts.token_valid, (0, 2)), garbage.token_valid], 1),
+        torch.cat([prompts.pooled, garbage.pooled], 1),
+        torch.tensor([[True] * 4 + [False] * 3] * 2),
+    )
+    a, b = network(IMAGE, prompts), network(IMAGE, padded)
+    assert torch.allclose(a.mask_logits, b.mask_logits, atol=1e-4)
+    assert torch.allclose(a.class_logits, b.class_logits[..., [0, 1, 2, 3, 7]], atol=1e-4)
+    assert (b.class_logits.softmax(-1)[..., 4:7] == 0).all()
+
+
+@torch.no_grad()
+def test_prompts_guide_the_masks_only_when_attended():
+    other = prompts_of(seed=5)
+    for kind in PROMPT_ATTENTION:
+        network = build(kind)
+        same = torch.equal(network(IMAGE, prompts_of()).mask_logits, network(IMAGE, other).mask_logits)
+        assert same == (kind == "none")
+
+
+@torch.no_grad()
+def test_words_matter_to_tokens_and_not_to_pooled():
+    prompts, reworded = prompts_of(), prompts_of()
+    reworded.tokens = reworded.tokens + torch.randn(reworded.tokens.shape)
+    for kind in ("pooled", "tokens"):
+        network = build(kind)
+        same = torch.equal(network(IMAGE, prompts).mask_logits, network(IMAGE, reworded).mask_logits)
+        assert same == (kind == "pooled")
+
+
+@torch.no_grad()
+def test_an_image_does_not_see_its_neighbours():
+    network, prompts = build(), prompts_of()
+    alone = network(IMAGE[:1], Prompts(*(x[:1] for x in (prompts.tokens, prompts.token_valid, prompts.pooled, prompts.valid))))
+    assert torch.allclose(network(IMAGE, prompts).mask_logits[:1], alone.mask_logits, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_plain_tensor_is_a_list_of_pooled_prompts():
+    network, prompts = build(), prompts_of()
+    shared = prompts.pooled[0]
+    a = network(IMAGE, shared).mask_logits
+    assert torch.equal(a, network(IMAGE, shared.expand(2, -1, -1)).mask_logits)
+
+
+@pytest.mark.parametrize("prompt_attention", PROMPT_ATTENTION)
+def test_every_parameter_learns_in_one_step(prompt_attention):
+    network = build(prompt_attention).train()
+    masks = torch.rand(2, 4, 64, 96) > 0.5
+    SetLoss(num_points=64)(network(IMAGE, prompts_of()), masks, masks.flatten(2).any(-1))["loss"].backward()
+    idle = [n for n, p in network.named_parameters() if p.requires_grad and (p.grad is None or not torch.isfinite(p.grad).all())]
+    assert idle == []
+
+
+@torch.no_grad()
+def test_every_size_is_taken_and_padding_is_cut_off():
+    network = build()
+    for height, width in ((50, 70), (33, 64), (1, 7)):
+        image = torch.rand(1, 3, height, width)
+        found = network(image, prompts_of(1))
+        assert upsample(found.mask_logits, (height, width)).shape == (1, 5, height, width)
+        assert semantic_labels(found, (height, width), (41, 23)).shape == (1, 41, 23)
+
+
+def test_upsample_keeps_a_linear_ramp():
+    # Stride-4 cell centres lie at 1.5, 5.5, ...: a ramp sampled there must come back as the same ramp.
+    ramp = (torch.arange(16) * 4 + 1.5).expand(1, 1, 8, 16)
+    full = upsample(ramp, (30, 50))
+    assert full.shape == (1, 1, 30, 50)
+    assert torch.allclose(full[0, 0, 3, 2:50], torch.arange(2.0, 50.0), atol=1e-4)
+
+
+def test_bad_images_are_named():
+    network = build()
+    with pytest.raises(ValueError, match=r"want float \(B, 3, H, W\)"):
+        network(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), prompts_of(1))
+    with pytest.raises(ValueError, match="prompt_attention: got 'pool'"):
+        PMP(**TINY, prompt_attention="pool")
+
+
+@torch.no_grad()
+def test_chunks_of_classes_do_not_change_labels():
+    network, prompts = build(), prompts_of(count=11)
+    found = network(IMAGE, prompts)
+    whole = semantic_labels(found, (64, 96), chunk=100)
+    assert torch.equal(whole, semantic_labels(found, (64, 96), chunk=3))
+    scores = torch.einsum("bqk,bqhw->bkhw", found.class_logits.softmax(-1)[..., :-1], upsample(found.mask_logits, (64, 96)).sigmoid())
+    assert torch.equal(whole, scores.argmax(1))
+
+
+@torch.no_grad()
+def test_one_by_one_is_each_prompt_alone():
+    network, prompts = build(), prompts_of()
+    prompts.valid[1, 3] = False
+    features = network.encode(IMAGE)
+    masks, scores = ask_one_by_one(network, features, prompts)
+    alone, score = soft_masks(network(IMAGE, prompts.select([2])))
+    assert torch.allclose(masks[:, 2], alone[:, 0], atol=1e-5) and torch.allclose(scores[:, 2], score[:, 0], atol=1e-5)
+    assert not masks[1, 3].any() and scores[1, 3] == 0
+
+
+def test_soft_masks_by_hand():
+    logits = torch.tensor([[[[10.0, -10.0]], [[-10.0, 10.0]]]])  # two queries, left and right
+    names = torch.log(torch.tensor([[[0.9, 0.05, 0.05], [0.2, 0.7, 0.1]]]))
+    masks, scores = soft_masks(Prediction(logits, names))
+    assert torch.allclose(masks[0, :, 0], torch.tensor([[0.9, 0.2], [0.05, 0.7]]), atol=1e-3)
+    assert torch.allclose(scores, torch.tensor([[0.9, 0.7]]), atol=1e-4)
+
+
+def test_positions_differ_and_follow_the_axes():
+    table = sine_position(torch.zeros(1, 32, 5, 7)).reshape(5, 7, 32)
+    assert len(torch.unique(table.reshape(-1, 32).round(decimals=4), dim=0)) == 35
+    assert torch.equal(table[0, :, 16:], table[3, :, 16:]) and torch.equal(table[:, 0, :16], table[:, 4, :16])

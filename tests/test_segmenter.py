@@ -1,0 +1,214 @@
+"""Segmenter: any image in, masks of its own size out; folders that load elsewhere; clear errors for broken ones."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_clip import make_tiny_clip
+
+from pmpseg import Segmenter, rle
+from pmpseg.errors import InputError
+from pmpseg.models import PMP, TextEncoder
+from pmpseg.segmenter import NOTHING, weights_hash
+from pmpseg.vocabulary import Vocabulary
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clip")
+    make_tiny_clip(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def segmenter(clip):
+    torch.manual_seed(0)
+    text = TextEncoder(clip)
+    network = PMP(text_dim=text.dim, backbone="clip", backbone_weights=str(clip), dim=32, num_queries=6, num_layers=2, num_heads=4, ffn_dim=32)
+    return Segmenter(network, text, Vocabulary.of(["red circle", "grass"]), 64, 0.3)
+
+
+@pytest.fixture
+def saved(segmenter, tmp_path):
+    return segmenter.save(tmp_path / "model")
+
+
+def noise(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (90, 50), (33, 200), (1, 1), (7, 300)])
+def test_answers_have_the_images_own_size(segmenter, size):
+    answer = segmenter.segment(noise(*size), ["red circle", "grass", "sky"])
+    assert answer.labels.shape == size and answer.mask(2).shape == size and answer.mask(0).dtype == bool
+    assert answer.scores.shape == (3,) and (0 <= answer.scores).all() and (answer.scores <= 1).all()
+    assert set(np.unique(answer.labels)) <= {NOTHING, 0, 1, 2}
+
+
+def test_labels_follow_from_the_masks(segmenter):
+    answer = segmenter.segment(noise(60, 80), ["red circle", "grass"], threshold=0.05)
+    soft = np.stack([answer.probability(0), answer.probability(1)])
+    expected = np.where(soft.max(0) > 0.05, soft.argmax(0), NOTHING)
+    assert np.array_equal(answer.labels, expected)
+
+
+def test_every_kind_of_image_is_the_same_image(segmenter, tmp_path):
+    array = noise(40, 50)
+    picture = Image.fromarray(array)
+    picture.save(tmp_path / "a.png")
+    answers = [segmenter.segment(x, ["grass"]).probability(0) for x in (array, array / 255.0, picture, str(tmp_path / "a.png"), tmp_path / "a.png")]
+    for other in answers[1:]:
+        assert np.allclose(answers[0], other, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1", "I;16", "LA", "F"])
+def test_modes(segmenter, mode):
+    picture = Image.fromarray(noise(20, 30))
+    if mode == "I;16":
+        picture = Image.fromarray(noise(20, 30)[..., 0].astype(np.uint16) * 257)
+    elif mode == "F":
+        picture = Image.fromarray((noise(20, 30)[..., 0] / 255).astype(np.float32))
+    else:
+        picture = picture.convert(mode)
+    assert segmenter.segment(picture, ["grass"]).labels.shape == (20, 30)
+
+
+def test_sixteen_bits_look_like_eight(segmenter):
+    grey = noise(20, 30)[..., 0]
+    a = segmenter.segment(grey, ["grass"]).probability(0)
+    b = segmenter.segment(Image.fromarray(grey.astype(np.uint16) * 257), ["grass"]).probability(0)
+    assert np.allclose(a, b, atol=1e-5)
+
+
+def test_prompts_alone_do_not_see_each_other_and_together_they_may(segmenter):
+    image = noise(64, 64)
+    one = segmenter.segment(image, ["grass"]).probability(0)
+    assert np.allclose(one, segmenter.segment(image, ["red circle", "grass", "sky"]).probability(1), atol=1e-5)
+    together = segmenter.segment(image, ["red circle", "grass", "sky"], together=True)
+    assert not np.allclose(one, together.probability(1), atol=1e-5)
+    assert set(np.unique(together.labels)) <= {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((3, 4, 5)), r"got an array \(3, 4, 5\)"),
+        (np.full((4, 4, 3), 2.0), "outside"),
+        (np.full((4, 4, 3), np.nan), "outside"),
+        (np.zeros((4, 4, 3), np.int32), "int32"),
+        ("nowhere.jpg", "nowhere.jpg: no such image"),
+    ],
+)
+def test_bad_images(segmenter, image, message):
+    with pytest.raises(InputError, match=message):
+        segmenter.segment(image, ["grass"])
+
+
+@pytest.mark.parametrize("prompts", [[], ["grass", " "], ""])
+def test_bad_prompts(segmenter, prompts):
+    with pytest.raises(InputError, match="prompt"):
+        segmenter.segment(noise(8, 8), prompts)
+
+
+def test_corrupt_file_is_named(segmenter, tmp_path):
+    path = tmp_path / "broken.png"
+    Image.fromarray(noise(40, 40)).save(path)
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(InputError, match=r"broken\.png: cannot be read"):
+        segmenter.segment(path, ["grass"])
+
+
+def test_coco_output_decodes_to_the_masks(segmenter):
+    answer = segmenter.segment(noise(30, 41), ["red circle", "grass"], threshold=0.02)
+    for i, found in enumerate(answer.to_coco()):
+        mask = answer.mask(i)
+        assert np.array_equal(rle.decode(found["segmentation"]), mask) and found["area"] == mask.sum()
+        if mask.any():
+            x, y, w, h = found["bbox"]
+            assert mask[y : y + h, x : x + w].sum() == mask.sum() and mask[y].any() and mask[:, x + w - 1].any()
+    assert json.dumps(answer.to_coco())
+
+
+def test_overlay_is_a_picture(segmenter):
+    assert segmenter.segment(noise(30, 41), ["red circle"]).overlay().mode == "RGB"
+
+
+def test_a_saved_model_answers_the_same_elsewhere(segmenter, saved, tmp_path):
+    moved = tmp_path / "elsewhere"
+    saved.rename(moved)
+    other = Segmenter.load(moved)
+    a, b = (s.segment(noise(50, 60), ["grass", "a blue ring"]) for s in (segmenter, other))
+    assert np.allclose(a.probability(1), b.probability(1), atol=1e-6)
+    assert other.vocabulary == segmenter.vocabulary and other.threshold == 0.3 and other.image_size == 64
+    assert {p.name for p in moved.iterdir()} == {"config.json", "model.safetensors", "vocabulary.txt", "text_encoder"}
+
+
+def test_saving_over_a_model_leaves_one_whole_model(segmenter, saved):
+    segmenter.save(saved)
+    assert Segmenter.load(saved).image_size == 64
+    assert [p.name for p in saved.parent.iterdir()] == [saved.name]
+
+
+def test_encoders_by_reference(segmenter, clip, tmp_path):
+    folder = segmenter.save(tmp_path / "small", encoders="reference")
+    assert not (folder / "text_encoder").exists()
+    assert weights_hash(Segmenter.load(folder).text) == weights_hash(segmenter.text)
+    config = json.loads((folder / "config.json").read_text())
+    config["text"]["sha256"] = "0" * 64
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="not those that the model was trained with"):
+        Segmenter.load(folder)
+
+
+def _cut(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def _nan(folder):
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(folder / "model.safetensors")
+    state["query_decoder.query"][0, 0] = float("nan")
+    save_file(state, folder / "model.safetensors")
+
+
+def _foreign(folder):
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(2)}, folder / "model.safetensors")
+
+
+def _config(**changes):
+    def change(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_cut, r"model\.safetensors: not a whole safetensors file"),
+        (_nan, "query_decoder.query.*NaN"),
+        (_foreign, "do not fit the network"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"\x80\x04not a tensor"), "not a whole safetensors"),
+        (lambda f: (f / "model.safetensors").unlink(), "no such file"),
+        (lambda f: (f / "config.json").write_text("{"), "not readable as JSON"),
+        (lambda f: (f / "config.json").unlink(), r"no config\.json"),
+        (_config(architecture="Other"), "not the config of a pmpseg model"),
+        (_config(network={"depth": 3}), "does not describe a PMP"),
+    ],
+)
+def test_broken_folders(saved, damage, message):
+    damage(saved)
+    with pytest.raises(InputError, match=message):
+        Segmenter.load(saved)
+
+
+def test_missing_folder():
+    with pytest.raises(InputError, match="no such folder"):
+        Segmenter.load("runs/nowhere/model")
