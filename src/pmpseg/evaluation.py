@@ -70,7 +70,7 @@ class Evaluator(nn.Module):
         scores: dict[str, Any] = {k: float(v) for k, v in by_class.items() if k != "iou" and not math.isnan(v)}
         scores["iou"] = by_class["iou"].cpu()
         if int(self.phrases.present + self.phrases.absent):
-            by_phrase = self.phrases.compute()
+            by_phrase = dict(self.phrases.compute())  # a copy: torchmetrics keeps what it returned
             scores["phrase_curve"] = by_phrase.pop("curve")
             scores |= {f"phrase_{k}": float(v) for k, v in by_phrase.items() if not math.isnan(v)}
         return scores
