@@ -1,7 +1,9 @@
 """Backbones: four maps from every kind of tower, normalisation inside, weights, rebuilding from config."""
 
 import json
-import os
+import shutil
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,8 +18,6 @@ from pmpseg.models import build_backbone
 from pmpseg.models.backbone import Backbone
 from pmpseg.models.weights import load_weights
 
-WEIGHTS = Path(os.environ.get("PMPSEG_SHARED", Path(__file__).parents[2] / "shared")) / "weights"
-LITE0 = WEIGHTS / "tf_efficientnet_lite0.imagenet.safetensors"
 NAMES = ["resnet18", "convnext_atto", "tf_efficientnet_lite0", "swin_tiny_patch4_window7_224"]
 VITS = ["vit_tiny_patch16_224", "test_vit"]
 
@@ -124,15 +124,29 @@ def test_mean_and_std_can_be_given():
     assert "mean" not in backbone.state_dict()
 
 
-@pytest.mark.skipif(not LITE0.is_file(), reason=f"no weights at {LITE0}")
-def test_published_weights_fit():
-    backbone = build_backbone("tf_efficientnet_lite0", weights=LITE0, mean=[0.498] * 3, std=[0.502] * 3)
+def test_clip_without_its_image_processor_is_named(clip: Path, tmp_path: Path):
+    shutil.copytree(clip, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "preprocessor_config.json").unlink()
+    with pytest.warns(UserWarning, match="nor is mean or std given: .* OpenAI's"):
+        backbone = build_backbone("clip", weights=tmp_path)
+    assert backbone.config["mean"] == [0.48145466, 0.4578275, 0.40821073]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        given = build_backbone("clip", weights=tmp_path, mean=[0.5] * 3, std=[0.2] * 3)
+        build_backbone("clip", weights=clip)
+        build_backbone("clip", config=given.config)
+    assert given.config["mean"] == [0.5] * 3
+
+
+def test_published_weights_fit(shared: Callable[..., Path]):
+    lite0 = shared("weights", "tf_efficientnet_lite0.imagenet.safetensors")
+    backbone = build_backbone("tf_efficientnet_lite0", weights=lite0, mean=[0.498] * 3, std=[0.502] * 3)
     assert "classifier.weight" in backbone.loaded and "of 240 tensors" in backbone.loaded
-    wanted = load_file(LITE0)
+    wanted = load_file(lite0)
     state = backbone.tower.net.state_dict()
     assert all(torch.equal(value, wanted[key]) for key, value in state.items() if "num_batches" not in key)
     with pytest.raises(InputError, match="lacks"):
-        build_backbone("tf_efficientnet_lite1", weights=LITE0)
+        build_backbone("tf_efficientnet_lite1", weights=lite0)
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "test_vit", "swin_tiny_patch4_window7_224"])

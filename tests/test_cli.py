@@ -365,9 +365,10 @@ def test_run_leaves_bugs_and_statuses_alone() -> None:
         cli.run(lambda: 1 // 0)
     with pytest.raises(OSError, match="bad descriptor"):
         cli.run(lambda: (_ for _ in ()).throw(OSError(9, "bad descriptor")))
-    with pytest.raises(SystemExit) as stop:
-        cli.run(lambda: 3)
-    assert stop.value.code == 3
+    for result, status in ((3, 3), (None, 0), (Path("made"), 0)):
+        with pytest.raises(SystemExit) as stop:
+            cli.run(lambda result=result: result)
+        assert stop.value.code == status
 
 
 def test_whole_file(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from pmpseg import drawing
-from pmpseg.drawing import Row, colour_map, labels_to_rgb, overlay, panel, write_page
+from pmpseg.drawing import Row, colour_map, overlay, panel, write_page
 from pmpseg.errors import InputError
 from pmpseg.layout import PAPER, font, legend, text_block, wrap
 
@@ -34,18 +34,6 @@ def test_colour_map() -> None:
     apart = np.abs(colours[:, None].astype(int) - colours[None]).sum(-1) + 999 * np.eye(200, dtype=int)
     assert apart.min() > 5 and apart[:60, :60].min() > 25
     assert colours.max(axis=1).min() > 120  # none is lost on black, which stands for "ignore"
-
-
-def test_labels_to_rgb() -> None:
-    labels = np.array([[0, 3], [1, 255]])
-    rgb = labels_to_rgb(labels)
-    assert np.array_equal(rgb[0, 1], colour_map(4)[3]) and not rgb[1, 1].any() and rgb.dtype == np.uint8
-    assert np.array_equal(labels_to_rgb(labels, np.eye(4, 3) * 9)[0, 0], [9, 0, 0])
-    assert not labels_to_rgb(np.array([[255, -1]])).any()
-    with pytest.raises(InputError, match=r"0\.\.1 or be 255 or -1, got 0\.\.3"):
-        labels_to_rgb(labels, colour_map(2))
-    with pytest.raises(InputError, match=r"got -2\.\.0"):
-        labels_to_rgb(np.array([[0, -2]]))
 
 
 def test_overlay_tints_only_the_mask() -> None:

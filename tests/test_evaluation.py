@@ -1,9 +1,14 @@
-"""The evaluator: the right masks to the right metric, whatever the batch looks like."""
+"""The evaluator: the right masks to the right metric, whatever the batch looks like; and what ``evaluate`` refuses and saves."""
+
+import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from pmpseg.evaluation import Evaluator, best_threshold, numbers, table
+from pmpseg import evaluate, segmenter
+from pmpseg.errors import InputError
+from pmpseg.evaluation import Evaluator, as_json, best_threshold, numbers, table
 from pmpseg.models import PMP, Prompts
 from pmpseg.vocabulary import Vocabulary
 
@@ -22,7 +27,7 @@ class Words:
         return Prompts(pooled[:, :, None], valid[..., None], pooled, valid)
 
     def encode(self, prompts):
-        return self.encode_batch([[p[0] for p in prompts]])
+        return self.encode_batch([[p if isinstance(p, str) else p[0] for p in prompts]])
 
 
 @pytest.fixture
@@ -47,7 +52,8 @@ def batch(size=(64, 64), count=3, phrases=True):
 
 
 def evaluator(**options):
-    return Evaluator(Vocabulary.of(["x", "y", "z"], unseen=[2]), phrase_kinds=("thing", "part", "seen", "word"), **options)
+    kinds = ("thing", "part", "seen", "word", "part_word")
+    return Evaluator(Vocabulary.of(["x", "y", "z"], unseen=[2]), phrase_kinds=kinds, **options)
 
 
 def split(whole, rows):
@@ -71,6 +77,55 @@ def test_padding_prompts_are_not_scored(network):
     assert scored.compute()["phrase_n_thing"] == 3 and scored.compute()["phrase_n_word"] == 3
 
 
+def test_kinds_are_scored_together_where_the_data_lists_it(network):
+    scored = evaluator()
+    scored.update(network, Words(), batch())
+    scores = scored.compute()
+    assert scores["phrase_n_part_word"] == 3 and scores["phrase_iou_part_word"] == scores["phrase_iou_word"]
+    assert "phrase_n_thing_seen" not in scores and not [k for k in numbers(scores) if k.startswith("phrase_n")]
+
+
+def test_absent_phrases_are_not_scored_where_they_are_not_asked(network):
+    asked = batch()
+    asked["prompt_masks"][:, 1] = False
+    scored = evaluator(phrase_mode="own")
+    scored.update(network, Words(), asked)
+    assert (int(scored.phrases.present), int(scored.phrases.absent)) == (3, 0)
+
+
+def test_a_class_list_is_decoded_once(network, monkeypatch):
+    asked = batch() | {"prompts": [["x", "y", "z"]] * 3, "prompt_class": torch.arange(3).repeat(3, 1)}
+    asked["phrase_kind"] = [["thing"] * 3] * 3
+    decode, calls = network.decode, []
+    monkeypatch.setattr(network, "decode", lambda *args: calls.append(1) or decode(*args))
+    for mode in ("alone", "mixed", "own"):
+        scored = evaluator(phrase_mode=mode)
+        scored.update(network, Words(), asked)
+        assert int(scored.phrases.present + scored.phrases.absent) == 9
+    assert len(calls) == 3
+
+
+def test_some_of_the_classes_are_asked_one_by_one(network):
+    """As ``segment`` asks them: the answers do not depend on what else is asked."""
+    text, scores = Words(), []
+    for prompts in (["x", "", ""], ["x", "y", ""]):
+        scored = evaluator(threshold=0.05)
+        asked = batch() | {"prompts": [prompts] * 3, "prompt_class": torch.tensor([[0, 1, -1]] * 3)}
+        asked["prompt_masks"][:, 1] = False
+        scored.update(network, text, asked)
+        scores.append(scored.compute()["phrase_iou"])
+    assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+
+
+def test_a_process_without_phrases_says_what_the_others_found(network):
+    """``compute`` waits for all processes, so that no process may leave it out; the answer is the same for all."""
+    first, second = evaluator(), evaluator()
+    first.update(network, Words(), batch())
+    second.update(network, Words(), batch(phrases=False))
+    second.phrases.compute = first.phrases.compute  # as if synchronised
+    assert second.compute()["phrase_iou"] == first.compute()["phrase_iou"]
+
+
 def test_answers_are_scored_at_the_labels_size(network):
     scored = evaluator()
     scored.update(network, Words(), batch(size=(100, 90)))
@@ -78,6 +133,7 @@ def test_answers_are_scored_at_the_labels_size(network):
     assert int(scored.phrases.counts.sum()) == 6 * 9000
 
 
+@pytest.mark.filterwarnings("error")
 def test_data_without_phrases(network):
     scored = evaluator()
     scored.update(network, Words(), batch(phrases=False))
@@ -99,3 +155,71 @@ def test_the_table_shows_absent_and_unseen_classes():
 def test_unknown_phrase_mode():
     with pytest.raises(ValueError, match="phrase_mode: got 'all'"):
         evaluator(phrase_mode="all")
+
+
+@pytest.fixture
+def command(network, tmp_path, monkeypatch):
+    """``evaluate.main`` on a model folder and data that are stubs; the network and the scores are real."""
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "config.json").write_text("{}")
+    spec = {"class_path": "pmpseg.data.Scenes", "init_args": {}}
+    cpu = torch.device("cpu")
+    model = SimpleNamespace(network=network, text=Words(), threshold=0.25, device=cpu, data=spec)
+    data = SimpleNamespace(
+        vocabulary=Vocabulary.of(["x", "y", "z", "never"], unseen=[2]), phrase_kinds=("thing", "part", "seen", "word"), test_dataloader=lambda: [batch()]
+    )
+    monkeypatch.setattr(segmenter.Segmenter, "load", lambda folder, device: model)
+    monkeypatch.setattr(evaluate, "build_data", lambda spec: data)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args):
+        return evaluate.main(["run/model", "--device", "cpu", *args])
+
+    run.model = model
+    return run
+
+
+def test_what_evaluate_saves(command, tmp_path):
+    scores = command()
+    saved = json.loads((tmp_path / "run" / "metrics_test.json").read_text())
+    assert saved["miou"] == round(scores["miou"], 5) and saved["phrase_n_thing"] == 3
+    assert saved["iou"].keys() == {"x", "y", "z", "never"} and saved["iou"]["never"] is None
+    curve = saved["phrase_curve"]
+    assert curve.keys() == {"threshold", "iou", "absent_accuracy"} and {len(v) for v in curve.values()} == {99}
+    assert curve["threshold"][:2] == [0.01, 0.02] and curve["absent_accuracy"] == [None] * 99
+    command("--out", "new/folder/x.json")
+    assert json.loads((tmp_path / "new" / "folder" / "x.json").read_text())["miou"] == saved["miou"]
+
+
+def test_what_comes_from_the_hub_is_saved_here(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "model_folder", lambda name: tmp_path / "cache" / "model")
+    evaluate.main(["owner/name", "--device", "cpu"])
+    assert (tmp_path / "metrics_test.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--threshold", "1.5"], "--threshold must lie in 0 to 1 .* got 1.5"),
+        (["--device", "cuda"], "--device cuda: torch sees no CUDA device"),
+        (["--out", "run"], "--out run is a folder: give a file"),
+    ],
+)
+def test_evaluate_refuses_before_it_works(command, monkeypatch, args, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(evaluate, "evaluate", lambda *args: pytest.fail("it began to work"))
+    with pytest.raises(InputError, match=message):
+        command(*args)
+    with pytest.raises(InputError, match="run is the folder of a run: give its model, run/model"):
+        evaluate.main(["run"])
+
+
+def test_a_model_chooses_no_code_outside_of_pmpseg(command):
+    command.model.data = {"class_path": "os.path.Data"}
+    with pytest.raises(InputError, match=r"was trained with os\.path\.Data, no class of pmpseg; give a config that you trust with -c"):
+        command()
+
+
+def test_json_has_no_nan():
+    scores = {"miou": 1 / 3, "curve": {"iou": torch.tensor([float("nan"), 0.5])}, "n": 3}
+    assert as_json(scores) == {"miou": 0.33333, "curve": {"iou": [None, 0.5]}, "n": 3}

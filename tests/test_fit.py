@@ -1,36 +1,34 @@
 """From the command line to a model folder and back: fit, evaluate, predict, on a few generated scenes."""
 
 import json
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from PIL import Image
-from tiny_clip import make_tiny_clip
 
 from pmpseg import Segmenter, evaluate, fit, predict
 from pmpseg.errors import InputError
+from pmpseg.hub import shipped_or
+from pmpseg.models import build_backbone
 from pmpseg.segmenter import weights_hash
 
+CONF = Path(__file__).parents[1] / "conf"
 SMALL = (
-    "--model.dim 32 --model.num_queries 6 --model.num_layers 2 --model.num_heads 4 --model.ffn_dim 32 --model.num_points 64 "
+    "--model.backbone test_resnet --model.dim 32 --model.num_queries 6 --model.num_layers 2 --model.num_heads 4 --model.ffn_dim 32 --model.num_points 64 "
     "--data.train_length 12 --data.val_length 4 --data.test_length 6 --data.batch_size 2 --data.num_workers 0 "
     "--trainer.max_steps 4 --trainer.val_check_interval 2 --trainer.log_every_n_steps 1 --trainer.enable_progress_bar false --trainer.accelerator cpu"
 ).split()
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clip")
-    make_tiny_clip(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def run(clip, tmp_path_factory):
+def run(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs") / "one"
-    return fit.main([*SMALL, "--model.text", str(clip), "--model.backbone_weights", str(clip), "--trainer.default_root_dir", str(root)])
+    return fit.main([*SMALL, "--trainer.default_root_dir", str(root)])
 
 
 def test_a_run_leaves_its_record(run):
@@ -50,15 +48,26 @@ def test_the_model_holds_the_best_checkpoints_weights(run):
     assert learned and all(torch.equal(weights[k], v) for k, v in learned.items())
 
 
-def test_checkpoints_leave_frozen_weights_out(clip, tmp_path):
+def test_the_last_checkpoint_is_the_last_and_not_the_best(run):
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
+
+
+def test_a_run_too_short_for_a_validation_still_gives_a_model(tmp_path):
+    root = fit.main([*SMALL, "--trainer.max_steps", "1", "--trainer.default_root_dir", str(tmp_path)])
+    assert Segmenter.load(root / "model").threshold == 0.5
+
+
+def test_checkpoints_leave_frozen_weights_out(tmp_path):
     root = fit.main(
-        [*SMALL, "--model.text", str(clip), "--model.backbone_weights", str(clip), "--model.backbone_frozen", "true"]
+        [*SMALL, "--model.backbone", "clip", "--model.backbone_weights", "tiny_clip", "--model.backbone_frozen", "true"]
         + ["--trainer.default_root_dir", str(tmp_path / "frozen"), "--trainer.max_steps", "2"]
     )
     keys = torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"].keys()
     assert not [k for k in keys if k.startswith("text.") or ".tower." in k] and any(".stem." in k for k in keys)
     model = Segmenter.load(root / "model")  # which is whole all the same
-    assert weights_hash(model.network.backbone.tower) != 0 and model.segment(Image.new("RGB", (40, 30)), ["grass"]).labels.shape == (30, 40)
+    shipped = build_backbone("clip", shipped_or("tiny_clip"), frozen=True).tower
+    assert weights_hash(model.network.backbone.tower) == weights_hash(shipped)
+    assert model.segment(Image.new("RGB", (40, 30)), ["grass"]).labels.shape == (30, 40)
 
 
 def test_evaluate_says_the_same_as_validation(run, capsys):
@@ -96,20 +105,11 @@ def test_predict_with_the_trained_model(run, tmp_path):
     assert "predictions.json" in names and sum("mask" in n for n in names) == 2 and sum("overlay" in n for n in names) == 1
 
 
-def test_the_model_is_copied_with_the_encoder_it_needs(run, clip):
-    config = json.loads((run / "model" / "config.json").read_text())
-    assert str(clip) not in json.dumps({k: v for k, v in config.items() if k != "data"})
-
-
-def test_continuing_goes_on_from_the_last_step(run, clip, tmp_path):
-    import shutil
-
+def test_continuing_goes_on_from_the_last_step(run, tmp_path):
     copy = tmp_path / "two"
     shutil.copytree(run, copy)
-    fit.main(
-        [*SMALL, "--model.text", str(clip), "--model.backbone_weights", str(clip), "--trainer.default_root_dir", str(copy)]
-        + ["--trainer.max_steps", "6", "--ckpt_path", "last"]
-    )
+    fit.main([*SMALL, "--trainer.default_root_dir", str(copy), "--trainer.max_steps", "6", "--ckpt_path", "last"])
+    assert (copy / "metrics.1.csv").read_text() == (run / "metrics.csv").read_text()
     assert [h["step"] for h in json.loads((copy / "metrics.json").read_text())["history"]] == [2, 4, 6]
 
 
@@ -119,25 +119,32 @@ def test_continuing_goes_on_from_the_last_step(run, clip, tmp_path):
         (["--model.promt_attention", "none"], "did you mean 'model.prompt_attention'"),
         (["--data", "pmpseg.data.Scene"], "did you mean 'pmpseg.data.Scenes'"),
         (["--data.batch_size", "many"], "data.batch_size: got 'many', want int"),
-        (["-c", "conf/pmp_scene.yaml"], "did you mean 'conf/pmp_scenes.yaml'"),
+        (["-c", str(CONF / "pmp_scene.yaml")], "did you mean .*pmp_scenes.yaml"),
         (["--model.prompt_attention", "pool"], "prompt_attention: got 'pool', want .*none.*pooled"),
         (["--model.text", "nowhere/at/all"], "nowhere/at/all"),
         (["--ckpt_path", "last"], "no last.ckpt"),
+        (["--model.dim", "30"], "dim: got 30, want a multiple of 4"),
+        (["--data.image_size", "600"], "image_size: got 600, want 64 to 256"),
     ],
 )
-def test_mistakes_are_named_in_one_line(args, message, tmp_path, clip):
+def test_mistakes_are_named_in_one_line(args, message, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
-        fit.main([*SMALL, "--model.text", str(clip), "--model.backbone_weights", str(clip), "--trainer.default_root_dir", str(tmp_path), *args])
+        fit.main([*SMALL, "--trainer.default_root_dir", str(tmp_path), *args])
     assert isinstance(error.value, InputError) and len(str(error.value).splitlines()) == 1
 
 
 def test_the_start_config_is_the_one_in_conf():
-    assert yaml.safe_load((fit.ASSETS / "scenes.yaml").read_text()) == yaml.safe_load(open("conf/pmp_scenes.yaml"))
+    assert yaml.safe_load((fit.ASSETS / "scenes.yaml").read_text()) == yaml.safe_load((CONF / "pmp_scenes.yaml").read_text())
+
+
+def test_the_blind_config_differs_in_the_prompt_attention_only():
+    guided, blind = (yaml.safe_load((CONF / f"pmp_scenes{x}.yaml").read_text()) for x in ("", "_blind"))
+    assert blind["model"]["init_args"].pop("prompt_attention") == "none"
+    assert guided["model"]["init_args"].pop("prompt_attention") == "pooled"
+    assert blind["model"] == guided["model"] and blind["data"] == guided["data"]
 
 
 def test_prediction_does_not_import_lightning(run, tmp_path):
-    import subprocess
-
     Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
     code = (
         "import sys; from pmpseg import predict; "
@@ -145,3 +152,10 @@ def test_prediction_does_not_import_lightning(run, tmp_path):
         "sys.exit('lightning' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_wandb_writes_offline_into_the_run(tmp_path):
+    root = tmp_path / "run"
+    logger = ["--trainer.logger", "lightning.pytorch.loggers.WandbLogger", "--trainer.logger.offline", "true"]
+    fit.main([*SMALL, *logger, "--trainer.max_steps", "2", "--trainer.default_root_dir", str(root)])
+    assert list((root / "wandb").glob("offline-run-*"))

@@ -1,7 +1,6 @@
 """FolderData and what it shares with other data: layouts, splits, prompts, batches, and clear errors."""
 
 import json
-import os
 import pickle
 from pathlib import Path
 
@@ -13,10 +12,10 @@ from PIL import Image
 from pmpseg.data import FolderData
 from pmpseg.data.base import EpochSampler, UnpaddedSampler, choose_prompts, collate
 from pmpseg.errors import InputError
+from pmpseg.images import read_image
 from pmpseg.vocabulary import Vocabulary
 
 ROOT = Path(__file__).parents[1]
-SHARED = Path(os.environ.get("PMPSEG_SHARED", ROOT.parent / "shared" / "data"))
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools
 CLASSES = "sky, heaven\nroad\ncar [unseen]\ntree\n"
 LABELS = np.kron([[0, 1, 2], [3, 255, 9]], np.ones((20, 20))).astype(np.uint8)  # 9 is the ignore_label
@@ -182,6 +181,36 @@ def test_missing_splits_are_made_up_the_same_way_each_time(tmp_path):
     assert sorted(names[0]["train"] + names[0]["val"]) == [f"{index:02}.png" for index in range(20)]
 
 
+def test_images_are_read_as_predict_reads_them(tmp_path):
+    make_folder(tmp_path)
+    rng = np.random.default_rng(0)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # Orientation: lies on its side
+    Image.fromarray(rng.integers(0, 256, (60, 40, 3), np.uint8)).save(tmp_path / "images/00.png", exif=exif)
+    Image.fromarray(np.linspace(0, 65535, 40 * 60).reshape(40, 60).astype(np.uint16)).save(
+        tmp_path / "images/01.png"
+    )
+    Image.new("RGBA", (60, 40), (255, 0, 0, 0)).save(tmp_path / "images/02.png")
+    data = make(tmp_path, image_size=40, val_fraction=1.0)
+    items = {item["name"]: item["image"].permute(1, 2, 0).numpy() for item in data.dataset("val")}
+    for name, image in items.items():
+        assert np.array_equal(image, np.array(read_image(tmp_path / "images" / name)))
+    assert items["00.png"].shape == (40, 60, 3)  # upright, as its mask is
+    assert items["01.png"].mean() == pytest.approx(127.5, abs=1)  # clipped it would be nearly white
+    assert (items["02.png"] == 255).all()
+
+
+def test_a_mask_may_say_too_that_it_lies_on_its_side(tmp_path):
+    make_folder(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for kind in ("images", "masks"):
+        path = tmp_path / kind / "00.png"
+        Image.open(path).transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
+    data = make(tmp_path, val_fraction=1.0)
+    assert np.array_equal(data.dataset("val")[0]["labels"], np.where(LABELS == 9, 255, LABELS))
+
+
 def test_split_folders(tmp_path):
     for split, count in (("training", 3), ("validation", 2)):
         flat = make_folder(tmp_path / split, count)
@@ -245,8 +274,8 @@ def break_folder(folder):
         (break_size, "05.png is 60x41, its image 60x40"),
         (break_colour, "05.png is a RGB picture"),
         (break_label, "00.png has label 7: the labels of 4 classes are 0..3, ignored is 9 and 255"),
-        (break_image, "cannot read the image .*02.png"),
-        (break_pixels, "cannot read the image .*masks/00.png"),
+        (break_image, "02.png: cannot be read as an image"),
+        (break_pixels, "masks/00.png: cannot be read as an image"),
         (break_twins, "06.png and 06.jpg differ by suffix only"),
         (break_classes, "classes.txt"),
         (break_folder, "has neither a folder masks/ nor a file annotations/instances_train.json"),
@@ -305,6 +334,32 @@ def test_prompts_of_a_training_image():
     assert len(set(choose_prompts([0, 1, 2, 3], vocabulary, 2, rng)[1]) & {0, 1, 2, 3}) == 2
 
 
+def test_few_prompts_of_a_training_image():
+    vocabulary = Vocabulary(list("abcdef"), unseen=[5])
+    rng = np.random.default_rng(0)
+    sizes, chosen = [], set()
+    for _ in range(300):
+        prompts, classes = choose_prompts([1, 3, 255], vocabulary, 4, rng, few_prompts=0.5)
+        few = [index for index in classes.tolist() if index != -1]
+        assert len(prompts) == 4 and prompts == [vocabulary.names[i] for i in few] + [""] * (4 - len(few))
+        assert {1, 3} & set(few)
+        sizes.append(len(few))
+        chosen |= set(few) if len(few) < 4 else set()
+    assert 0.4 < sizes.count(4) / 300 < 0.6 and all(sizes.count(n) > 30 for n in (1, 2, 3))
+    assert chosen == {0, 1, 2, 3, 4}
+    assert 1 <= sum(choose_prompts([], vocabulary, None, rng, few_prompts=1)[1] >= 0) <= 3
+
+
+def test_few_prompts_reach_the_batches(tmp_path):
+    data = make(make_folder(tmp_path), few_prompts=1.0)
+    counts = set()
+    for batch in epoch_of(data.train_dataloader(), 0):
+        assert batch["prompt_class"].shape == (3, 3)
+        counts |= set((batch["prompt_class"] >= 0).sum(1).tolist())
+    assert 1 in counts and counts <= {1, 2, 3}
+    assert all(len(batch["prompts"][0]) == 4 and all(batch["prompts"][0]) for batch in data.val_dataloader())
+
+
 def test_collate_of_phrases():
     item = {
         "image": torch.zeros(3, 4, 5, dtype=torch.uint8),
@@ -360,6 +415,15 @@ def test_coco_classes_labels_and_masks(tmp_path):
     assert torch.equal(labels == 255, ~(dog | cat))
 
 
+def test_coco_images_that_lie_on_their_side(tmp_path):
+    make_coco(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    Image.new("RGB", (30, 50)).save(tmp_path / "images/1.jpg", exif=exif)
+    item = make(tmp_path, image_size=30, val_fraction=1.0).dataset("val")[0]
+    assert item["image"].shape == (3, 30, 50) and item["labels"].shape == (30, 50)
+
+
 def test_coco_training_items_agree(tmp_path):
     make_coco(tmp_path)
     (tmp_path / "classes.txt").write_text("dog, hound\nfar [unseen]\ncat\n")
@@ -382,7 +446,7 @@ def test_coco_training_items_agree(tmp_path):
     ("change", "message"),
     [
         (lambda c: c["images"][1].update(file_name="gone.jpg"), "lists gone.jpg, which is not in"),
-        (lambda c: c["images"][2].update(width=51), "3.jpg is 50x30, but .*instances_train.json says 51x30"),
+        (lambda c: c["images"][2].update(width=51), "3.jpg is 50x30 .*, but .*instances_train.json says 51x30"),
         (lambda c: c["annotations"][0].update(image_id=99), "image id 99"),
         (lambda c: c["annotations"][4].update(category_id=8), "annotation 104 has category 8"),
         (lambda c: c["annotations"][2]["segmentation"].update(counts=[7]), "annotation 102 has a bad mask"),
@@ -412,22 +476,20 @@ def test_coco_category_not_in_the_list_and_no_json(tmp_path):
         make(tmp_path)
 
 
-@pytest.mark.skipif(not (SHARED / "camvid").is_dir(), reason=f"no camvid in {SHARED}")
-def test_camvid():
-    classes = str(ROOT / "conf/vocab/camvid.txt")
-    data = FolderData(str(SHARED / "camvid"), classes, ignore_label=11, image_size=180, num_workers=0)
+def test_camvid(shared):
+    root, classes = str(shared("data", "camvid")), str(ROOT / "conf/vocab/camvid.txt")
+    data = FolderData(root, classes, ignore_label=11, image_size=180, num_workers=0)
     assert [len(data.dataset(split)) for split in ("train", "val", "test")] == [367, 101, 233]
     item = data.dataset("val")[0]
     assert item["image"].shape == (3, 180, 240) and item["labels"].shape == (360, 480)
     assert set(item["labels"].unique().tolist()) <= {*range(11), 255}
     with pytest.raises(InputError, match=r"masks/train/\S+png has label 11"):
-        FolderData(str(SHARED / "camvid"), classes)
+        FolderData(root, classes)
 
 
-@pytest.mark.skipif(not (SHARED / "coco_small").is_dir(), reason=f"no coco_small in {SHARED}")
-def test_coco_small_against_pycocotools():
+def test_coco_small_against_pycocotools(shared):
     reference = pytest.importorskip("pycocotools.coco", reason="pycocotools is the reference")
-    root = SHARED / "coco_small"
+    root = shared("data", "coco_small")
     data = FolderData(str(root), str(ROOT / "conf/vocab/coco_instances.txt"), num_workers=0)
     dataset = data.dataset("val")
     assert len(data.dataset("train")) == 335 and len(dataset) == 79

@@ -1,6 +1,7 @@
 """Metrics against plain loops, torchmetrics' Jaccard index and numbers by hand; also over 2 processes."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -475,7 +476,8 @@ def run_rank(rank: int, folder: str) -> None:
 
 
 def test_two_processes(tmp_path) -> None:
-    torch.multiprocessing.spawn(run_rank, (str(tmp_path),), nprocs=2)
+    method = "fork" if sys.platform == "linux" else "spawn"  # which imports torch twice more
+    torch.multiprocessing.start_processes(run_rank, (str(tmp_path),), nprocs=2, start_method=method)
     labels, target = label_maps(8)
     scores, masks, kinds = phrases(8)
     confusion = score_labels(labels, target, unseen=UNSEEN, groups=GROUPS)

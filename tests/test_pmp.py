@@ -129,7 +129,7 @@ def test_upsample_keeps_a_linear_ramp():
 
 def test_bad_images_are_named():
     network = build()
-    with pytest.raises(ValueError, match=r"want float \(B, 3, H, W\)"):
+    with pytest.raises(ValueError, match=r"want float"):
         network(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), prompts_of(1))
     with pytest.raises(ValueError, match="prompt_attention: got 'pool'"):
         PMP(**TINY, prompt_attention="pool")

@@ -23,9 +23,9 @@ import numpy as np
 from pmpseg import drawing, rle
 
 class Segmentation:
-    def __init__(self, image, prompts, threshold):
+    def __init__(self, image, prompts, threshold, together):
         self.image, self.prompts, self.threshold = image, prompts, threshold
-        self.scores = np.linspace(1, 0, len(prompts))
+        self.scores = np.full(len(prompts), float(together))
     def mask(self, index):
         return (np.asarray(self.image.convert("L")) > 255 * self.threshold) & (index % 2 == 0)
     def overlay(self):
@@ -40,8 +40,8 @@ class Segmenter:
     def load(cls, folder, device):
         assert device == "cpu" and (Path(folder) / "config.json").is_file()
         return cls()
-    def segment(self, image, prompts, threshold=None):
-        return Segmentation(image, list(prompts), self.threshold if threshold is None else threshold)
+    def segment(self, image, prompts, threshold=None, together=False):
+        return Segmentation(image, list(prompts), self.threshold if threshold is None else threshold, together)
 '''
 RUN = """
 import sys, types
@@ -112,7 +112,7 @@ def test_folder(place: Path) -> None:
         "sub/a.png",
     ]
     assert found["categories"] == [{"id": 0, "name": "Red/Circle"}, {"id": 1, "name": "stripes"}]
-    assert found["info"] == {"model": "model", "threshold": 0.4}
+    assert found["info"] == {"model": "model", "together": False, "threshold": 0.4}
     assert [a["id"] for a in found["annotations"]] == list(range(10))
     last = found["annotations"][-2]
     assert (last["image_id"], last["category_id"], last["prompt"]) == (4, 0, "Red/Circle")
@@ -124,19 +124,8 @@ def test_folder(place: Path) -> None:
 
 def test_one_image_and_names_from_a_file(place: Path) -> None:
     (place / "names.txt").write_text("0: sky\n1: road, street\n")
-    done = command(
-        place,
-        "model",
-        "photos/a.png",
-        "--names-from",
-        "names.txt",
-        "--out",
-        "o",
-        "--device",
-        "cpu",
-        "--threshold",
-        "0.9",
-    )
+    one = ["model", "photos/a.png", "--names-from", "names.txt", "--device", "cpu"]
+    done = command(place, *one, "--out", "o")
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (place / "o").iterdir()} == {
         "a_overlay.png",
@@ -144,7 +133,14 @@ def test_one_image_and_names_from_a_file(place: Path) -> None:
         "a_mask_01_road.png",
         "predictions.json",
     }
-    assert json.loads((place / "o" / "predictions.json").read_text())["info"]["threshold"] == 0.9
+    found = json.loads((place / "o" / "predictions.json").read_text())
+    assert found["info"] == {"model": "model", "together": True, "threshold": None}
+    assert [a["score"] for a in found["annotations"]] == [1, 1]  # the stub's way of saying that it was so asked
+    done = command(place, *one, "--out", "o", "--no-together", "--threshold", "0.9")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((place / "o" / "predictions.json").read_text())
+    assert found["info"] == {"model": "model", "together": False, "threshold": 0.9}
+    assert [a["score"] for a in found["annotations"]] == [0, 0]
     (place / "bad.png").write_bytes(b"no image")
     done = command(place, "model", "bad.png", "--prompts", "x", "--out", "o2", "--device", "cpu")
     assert done.returncode == 2
@@ -171,7 +167,9 @@ def test_help_and_bad_arguments_import_nothing_heavy(place: Path) -> None:
         (["{}", "{}/photos"], "is the folder of a run: give its model, .*model$"),
         (["{}/model", "{}/phots"], "no image or folder at .*phots"),
         (["{}/model", "{}/model"], "no images in .*model: want files that end in .bmp, "),
-        (["{}/model", "{}/photos", "--threshold", "3"], "--threshold must lie in 0 to 1, got 3"),
+        (["{}/model", "{}/photos", "--threshold", "3"], r"--threshold must lie in 0 to 1 \(and below 1\), got 3"),
+        (["{}/model", "{}/photos", "--threshold", "1"], "--threshold must lie in 0 to 1"),
+        (["{}/model", "{}/photos", "--threshold", ".5", "--together"], "--threshold is for prompts asked alone"),
         (["{}/model", "{}/photos", "--prompts", " ; "], "no prompt in ' ; '"),
         (["{}/model", "{}/photos", "--out", "{}/photos"], "--out must not be the folder of the images"),
     ],

@@ -1,4 +1,4 @@
-"""Prompts: shapes, padding, joining, and what is refused."""
+"""Prompts: shapes, choosing, and what is refused."""
 
 import pytest
 import torch
@@ -87,18 +87,6 @@ def test_one_by_one_keeps_each_prompt():
     assert single.tokens.shape == (6, 1, 4, 5) and single.valid.shape == (6, 1)
     assert torch.equal(single.pooled[4, 0], prompts.pooled[1, 1])
     assert torch.equal(single.token_valid[4, 0], prompts.token_valid[1, 1])
-
-
-def test_stack_pads_prompts_and_tokens():
-    small, large = make(batch=1, k=2, t=6), make(batch=2, k=4, t=3)
-    both = Prompts.stack([small, large])
-    assert both.tokens.shape == (3, 4, 6, 5)
-    assert torch.equal(both.tokens[:1, :2], small.tokens) and torch.equal(both.valid[:1, :2], small.valid)
-    assert torch.equal(both.tokens[1:, :, :3], large.tokens) and torch.equal(both.pooled[1:], large.pooled)
-    assert not both.valid[0, 2:].any() and not both.token_valid[0, 2:].any()
-    assert not both.token_valid[1:, :, 3:].any()
-    with pytest.raises(ValueError, match="empty list"):
-        Prompts.stack([])
 
 
 def test_prediction_has_no_earlier_layers_by_default():

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_clip import make_tiny_clip
 
-from pmpseg import Segmenter, rle
+from pmpseg import Segmenter, hub, rle
 from pmpseg.errors import InputError
+from pmpseg.evaluation import Evaluator
 from pmpseg.models import PMP, TextEncoder
 from pmpseg.segmenter import NOTHING, weights_hash
 from pmpseg.vocabulary import Vocabulary
@@ -22,12 +24,17 @@ def clip(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def segmenter(clip):
+def make_segmenter(clip, words=(["red circle"], ["grass"]), frozen=False, **options):
     torch.manual_seed(0)
     text = TextEncoder(clip)
-    network = PMP(text_dim=text.dim, backbone="clip", backbone_weights=str(clip), dim=32, num_queries=6, num_layers=2, num_heads=4, ffn_dim=32)
-    return Segmenter(network, text, Vocabulary.of(["red circle", "grass"]), 64, 0.3)
+    small = {"dim": 32, "num_queries": 6, "num_layers": 2, "num_heads": 4, "ffn_dim": 32}
+    network = PMP(text_dim=text.dim, backbone="clip", backbone_weights=str(clip), backbone_frozen=frozen, **small)
+    return Segmenter(network, text, Vocabulary([w[0] for w in words], list(words)), 64, 0.3, **options)
+
+
+@pytest.fixture(scope="module")
+def segmenter(clip):
+    return make_segmenter(clip)
 
 
 @pytest.fixture
@@ -43,7 +50,7 @@ def noise(height: int, width: int) -> np.ndarray:
 def test_answers_have_the_images_own_size(segmenter, size):
     answer = segmenter.segment(noise(*size), ["red circle", "grass", "sky"])
     assert answer.labels.shape == size and answer.mask(2).shape == size and answer.mask(0).dtype == bool
-    assert answer.scores.shape == (3,) and (0 <= answer.scores).all() and (answer.scores <= 1).all()
+    assert answer.scores.shape == (3,) and (answer.scores >= 0).all() and (answer.scores <= 1).all()
     assert set(np.unique(answer.labels)) <= {NOTHING, 0, 1, 2}
 
 
@@ -89,6 +96,53 @@ def test_prompts_alone_do_not_see_each_other_and_together_they_may(segmenter):
     together = segmenter.segment(image, ["red circle", "grass", "sky"], together=True)
     assert not np.allclose(one, together.probability(1), atol=1e-5)
     assert set(np.unique(together.labels)) <= {0, 1, 2}
+
+
+def test_an_elongated_image_is_squeezed_for_the_network(segmenter, monkeypatch):
+    encode, seen = segmenter.network.encode, []
+    monkeypatch.setattr(segmenter.network, "encode", lambda image: seen.append(tuple(image.shape[-2:])) or encode(image))
+    assert segmenter.segment(noise(2, 4000), ["grass"]).mask(0).shape == (2, 4000)
+    segmenter.segment(noise(200, 50), ["grass"])
+    assert seen == [(64, 512), (256, 64)]
+
+
+def test_masks_of_prompts_asked_together_are_the_labels(segmenter, monkeypatch):
+    decode, calls = segmenter.network.decode, []
+    monkeypatch.setattr(segmenter.network, "decode", lambda *asked: calls.append(1) or decode(*asked))
+    answer = segmenter.segment(noise(50, 70), ["red circle", "grass", "sky"], together=True)
+    assert len(calls) == 1
+    masks = np.stack([answer.mask(i) for i in range(3)])
+    assert (masks.sum(0) == 1).all() and np.array_equal(masks.argmax(0), answer.labels)
+    assert np.array_equal(answer.mask(-1), masks[2]) and [found["area"] for found in answer.to_coco()] == masks.sum((1, 2)).tolist()
+
+
+def test_the_name_of_a_class_stands_for_its_synonyms(clip, segmenter):
+    other = make_segmenter(clip, (["red circle", "square"], ["grass", "red"]))
+    image = noise(64, 64)
+    for prompt, same in (("grass", False), ("red", True), ("a ring", True)):
+        a, b = (s.segment(image, [prompt]).probability(0) for s in (segmenter, other))
+        assert np.allclose(a, b, atol=1e-6) == same
+    assert np.array_equal(other.segment(image, [" grass "]).soft, other.segment(image, ["grass"]).soft)
+
+
+@pytest.mark.parametrize("asked", ["class list", "phrases"])
+def test_evaluation_asks_as_segment_does(clip, asked):
+    segmenter = make_segmenter(clip, (["red circle", "square"], ["grass", "red"]))
+    names, image = segmenter.vocabulary.names, noise(64, 64)
+    prompts = names if asked == "class list" else ["grass", "a ring", "", "red circle"]
+    real = [p for p in prompts if p]
+    answer = segmenter.segment(image, real, threshold=0.05, together=asked == "class list")
+    soft = [answer.probability(real.index(p)) if p else np.zeros((64, 64)) for p in prompts]
+    batch = {
+        "image": torch.from_numpy(image).permute(2, 0, 1)[None],
+        "labels": torch.from_numpy(segmenter.segment(image, names, together=True).labels)[None],
+        "prompts": [prompts],
+        "prompt_masks": torch.from_numpy(np.stack(soft) > 0.05)[None],
+    }
+    evaluator = Evaluator(segmenter.vocabulary, threshold=0.05)
+    evaluator.update(segmenter.network, segmenter.text, batch)
+    scores = evaluator.compute()
+    assert scores["pixel_accuracy"] == 1 and scores["phrase_iou_with_absent"] == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -151,6 +205,47 @@ def test_saving_over_a_model_leaves_one_whole_model(segmenter, saved):
     assert [p.name for p in saved.parent.iterdir()] == [saved.name]
 
 
+def test_only_models_and_empty_folders_are_replaced(segmenter, saved, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert Segmenter.load(segmenter.save(tmp_path / "empty")).image_size == 64
+    (tmp_path / "thesis").mkdir()
+    for name in ("chapter1.tex", "config.json"):  # not every config.json is ours
+        (tmp_path / "thesis" / name).write_text("{}")
+        with pytest.raises(InputError, match="thesis exists and is no model: give a new or an empty folder"):
+            segmenter.save(tmp_path / "thesis")
+    with pytest.raises(InputError, match="exists and is no model"):
+        segmenter.save(tmp_path / "thesis" / "chapter1.tex")
+    assert (tmp_path / "thesis" / "chapter1.tex").read_text() == "{}"
+
+
+def test_a_frozen_backbone_by_reference(clip, tmp_path, monkeypatch):
+    monkeypatch.setitem(hub._SHIPPED, "tiny_clip", clip)
+    segmenter = make_segmenter(clip, frozen=True, backbone_weights="tiny_clip")
+    folder = segmenter.save(tmp_path / "small", encoders="reference")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["text"]["name"] == config["backbone_weights"]["name"] == "tiny_clip"
+    assert str(clip) not in json.dumps(config)
+    stored = load_file(folder / "model.safetensors")
+    assert not [k for k in stored if ".tower." in k] and any(".pyramid." in k for k in stored)
+    other = Segmenter.load(folder)
+    state = other.network.state_dict()
+    assert all(torch.equal(state[k], v) for k, v in segmenter.network.state_dict().items())
+    again = other.save(tmp_path / "again", encoders="reference")
+    assert json.loads((again / "config.json").read_text()) == config
+
+    config["backbone_weights"]["sha256"] = "0" * 64
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="backbone tiny_clip: its weights are not those that the model was trained with"):
+        Segmenter.load(folder)
+
+
+@pytest.mark.parametrize("options", [{"frozen": True}, {"frozen": False, "backbone_weights": "x"}])
+def test_a_backbone_that_cannot_be_found_again_is_kept(clip, tmp_path, options):
+    folder = make_segmenter(clip, **options).save(tmp_path / "small", encoders="reference")
+    assert any(".tower." in k for k in load_file(folder / "model.safetensors"))
+    assert Segmenter.load(folder).image_size == 64
+
+
 def test_encoders_by_reference(segmenter, clip, tmp_path):
     folder = segmenter.save(tmp_path / "small", encoders="reference")
     assert not (folder / "text_encoder").exists()
@@ -168,16 +263,12 @@ def _cut(folder):
 
 
 def _nan(folder):
-    from safetensors.torch import load_file, save_file
-
     state = load_file(folder / "model.safetensors")
     state["query_decoder.query"][0, 0] = float("nan")
     save_file(state, folder / "model.safetensors")
 
 
 def _foreign(folder):
-    from safetensors.torch import save_file
-
     save_file({"a": torch.zeros(2)}, folder / "model.safetensors")
 
 
@@ -207,6 +298,11 @@ def test_broken_folders(saved, damage, message):
     damage(saved)
     with pytest.raises(InputError, match=message):
         Segmenter.load(saved)
+
+
+def test_the_folder_of_a_run_is_no_model(saved):
+    with pytest.raises(InputError, match=r"is the folder of a run: give its model, .*model$"):
+        Segmenter.load(saved.parent)
 
 
 def test_missing_folder():

@@ -22,14 +22,16 @@ USERS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 USERS |= {errno.EISDIR, errno.ENOTDIR, errno.EEXIST}
 
 
-def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run a command and leave Python with its status, printing expected errors as one line on stderr.
+def run(main: Callable[[], object]) -> NoReturn:
+    """Run a command and leave Python, printing expected errors as one line on stderr.
 
+    The status is what the command returns if that is an int, else 0: it may return what it made to Python.
     Bad input, a missing file, no space and no permission give status 2, Ctrl-C gives 130; anything else is a
     bug and keeps its traceback, which PMPSEG_TRACEBACK=1 shows for all of them.
     """
     try:
-        sys.exit(main())
+        result = main()
+        sys.exit(result if isinstance(result, int) else 0)
     except (InputError, OSError, KeyboardInterrupt) as error:
         if isinstance(error, KeyboardInterrupt):
             status, line = 130, "interrupted"
@@ -103,7 +105,8 @@ def _innermost(text: str) -> tuple[str, str]:
 
     jsonargparse indents an error in an argument of a class below the error in the class.
     """
-    keys, block, depth = [], "", -1
+    keys: list[str] = []
+    block, depth = "", -1
     for line in text.splitlines():
         indent = len(line) - len(line.lstrip())
         found = re.search(r'Parser key "([^"]+)"', line)

@@ -189,7 +189,7 @@ def find_class(path: str, base: type, source: str = "") -> type:
 
 def _parameters(path: str, base: type, source: str = "") -> dict[str, inspect.Parameter]:
     """The arguments of a class by name; ``"**"`` stands for any further ones."""
-    found = list(inspect.signature(find_class(path, base, source).__init__).parameters.values())[1:]
+    found = inspect.signature(find_class(path, base, source)).parameters.values()
     return {"**" if p.kind is p.VAR_KEYWORD else p.name: p for p in found if p.kind is not p.VAR_POSITIONAL}
 
 
@@ -201,6 +201,7 @@ def _takes_none(parameter: inspect.Parameter) -> bool:
 
 
 def _subclasses(base: type) -> Iterator[type]:
+    cls: type
     for cls in base.__subclasses__():
         yield cls
         yield from _subclasses(cls)

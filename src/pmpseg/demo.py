@@ -4,6 +4,7 @@ Everything goes into ``runs/demo``: the run as ``pmpseg.fit`` leaves it, ``metri
 """
 
 import argparse
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,8 +44,10 @@ def main(args: Sequence[str] | None = None) -> Path:
     scores = evaluate.main([str(model), "--split", "test"])
     segmenter = Segmenter.load(model)
     rows = phrase_rows(segmenter, evaluate.build_data(segmenter.data).dataset("test"), options.pictures)
-    figures = "\n".join(f"{100 * scores[name]:5.1f}  {text}" for name, text in SHOWN.items() if name in scores)
-    intro = f"Trained for {minutes:.1f} minutes on this machine. Test scenes, never trained on; in percent:\n{figures}"
+    validation = json.loads((options.out / "metrics.json").read_text())["best"]["miou"]
+    figures = f"{100 * validation:5.1f}  mIoU on validation scenes, which show seen combinations only\n"
+    figures += "\n".join(f"{100 * scores[name]:5.1f}  {text}" for name, text in SHOWN.items() if name in scores)
+    intro = f"Trained for {minutes:.1f} minutes on this machine. Scenes that it never saw, in percent; the test split unless said otherwise:\n{figures}"
     page, picture = write_page(options.out / "page", rows, "pmpseg: words become masks", intro)
     print(f"\n{intro}\n\npage:     {page}\npicture:  {picture}\nmodel:    {model}")
     return page

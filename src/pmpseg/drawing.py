@@ -52,21 +52,6 @@ def colour_map(n: int) -> np.ndarray:
     return np.concatenate([first, rest.round().astype(np.uint8)])[:n]
 
 
-def labels_to_rgb(labels: np.ndarray, colours: np.ndarray | None = None) -> np.ndarray:
-    """Labels (H, W) -> (H, W, 3) uint8 in ``colours`` (C, 3), by default ``colour_map``'s.
-
-    255 and -1 become black. Raises ``InputError`` where another label has no colour.
-    """
-    labels = np.asarray(labels)
-    known = (labels != IGNORE) & (labels != NOTHING)
-    highest = int(labels[known].max(initial=0))
-    colours = colour_map(highest + 1) if colours is None else np.asarray(colours, dtype=np.uint8)
-    if highest >= len(colours) or labels.min(initial=0) < NOTHING:
-        wanted = f"lie in 0..{len(colours) - 1} or be {IGNORE} or {NOTHING}"
-        raise InputError(f"labels must {wanted}, got {labels.min()}..{highest}")
-    return np.where(known[..., None], colours[np.where(known, labels, 0)], 0).astype(np.uint8)
-
-
 def overlay(
     image: Picture,
     masks: Sequence[np.ndarray] | np.ndarray,
@@ -92,7 +77,7 @@ def overlay(
     palette = colour_map(len(masks)) if colours is None else np.asarray(colours)
     canvas = pixels * (1 - dim if len(masks) else 1)
     areas = [np.count_nonzero(mask) for mask in masks]
-    for index in sorted(np.flatnonzero(areas), key=lambda i: -areas[i]):
+    for index in sorted(np.flatnonzero(areas).tolist(), key=lambda i: -areas[i]):
         mask = _resize_mask(masks[index], picture.size, size)
         canvas[mask] = (1 - opacity) * pixels[mask] + opacity * palette[index]
         canvas[_grow(mask, 1) & ~mask] *= 0.3  # a thin dark line, so that the edge shows on any ground
@@ -100,7 +85,7 @@ def overlay(
     drawn = Image.fromarray(canvas.round().astype(np.uint8))
     if not names:
         return drawn
-    entries = [(name, tuple(palette[i]), areas[i] > 0) for i, name in enumerate(names)]
+    entries = [(name, tuple(palette[i]), bool(areas[i])) for i, name in enumerate(names)]
     if len(entries) > LEGEND_LIMIT:
         entries = [entry for entry in entries if entry[2]]
     return stack([drawn, legend(entries, drawn.width)])
@@ -207,8 +192,9 @@ def _block(row: Row, pictures: dict[str, Image.Image], cells: Sequence[str], sid
 
 def _classes(answer: np.ndarray) -> list[int]:
     """The classes that occur in labels; none in a mask."""
-    found = np.unique(answer) if answer.dtype != bool else []
-    return [int(c) for c in found if c not in (IGNORE, NOTHING)]
+    if answer.dtype == bool:
+        return []
+    return [int(c) for c in np.unique(answer) if c not in (IGNORE, NOTHING)]
 
 
 def _present(rows: Sequence[Row], names: Sequence[str]) -> list[tuple[str, Colour]]:

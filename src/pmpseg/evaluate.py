@@ -12,6 +12,8 @@ from typing import Any
 from pmpseg import cli
 from pmpseg.config import Schema, find_class
 from pmpseg.errors import InputError
+from pmpseg.hub import model_folder
+from pmpseg.predict import check_threshold, choose_device
 
 
 def main(args: Sequence[str] | None = None) -> dict[str, float]:
@@ -20,30 +22,37 @@ def main(args: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument("model", help="model folder (RUN/model) or hub id")
     parser.add_argument("-c", "--config", help="YAML whose 'data' is used; default: what the model was trained with")
     parser.add_argument("--split", default="test", choices=("val", "test"), help="default: test")
-    parser.add_argument("--phrase-mode", default="alone", choices=("alone", "mixed", "own"), help="how phrases are asked; default: alone")
-    parser.add_argument("--threshold", type=float, help="of soft masks; default: the model's own, chosen on its validation split")
-    parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default)")
+    parser.add_argument(
+        "--phrase-mode",
+        default="alone",
+        choices=("alone", "mixed", "own"),
+        help="how an image's phrases are asked: each alone (default), all with absent ones, or only those that are there, which "
+        "leaks the truth; prompts that are the whole class list are asked together in any mode",
+    )
+    parser.add_argument("--threshold", type=float, help="of soft masks, from 0 to below 1; default: the model's own, chosen on its validation split")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is one")
     parser.add_argument("--out", type=Path, help="JSON file; default: metrics_SPLIT.json beside the model folder")
     options = parser.parse_args(args)
+    check_threshold(options.threshold)
+    folder = model_folder(options.model)
+    beside = folder.parent if Path(options.model).is_dir() else Path()  # and not in the hub's cache
+    out = options.out or beside / f"metrics_{options.split}.json"
+    if out.is_dir():
+        raise InputError(f"--out {out} is a folder: give a file, as in {out / 'metrics.json'}")
+    out.parent.mkdir(parents=True, exist_ok=True)
 
-    import torch
-
-    from pmpseg.evaluation import numbers, table
+    from pmpseg.evaluation import as_json, numbers, table
     from pmpseg.segmenter import Segmenter
 
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
-    segmenter = Segmenter.load(options.model, device)
-    spec = read_data(options.config) if options.config else segmenter.data
-    if not spec:
-        raise InputError(f"{options.model} does not say what data it was trained with; give a config with -c")
+    segmenter = Segmenter.load(folder, choose_device(options.device))
+    spec = read_data(options.config) if options.config else own_data(segmenter.data, options.model)
     data = build_data(spec)
     scores = evaluate(segmenter, data, options.split, options.threshold, options.phrase_mode)
     print(table(scores, data.vocabulary))
-    out = options.out or Path(options.model).parent / f"metrics_{options.split}.json"
-    iou = {n: None if v != v else v for n, v in zip(data.vocabulary.names, scores["iou"].reshape(-1).tolist(), strict=True)}
-    saved = {"model": str(options.model), "split": options.split, "phrase_mode": options.phrase_mode, "data": spec, **numbers(scores), "iou": iou}
+    asked = {"model": str(options.model), "split": options.split, "phrase_mode": options.phrase_mode, "data": spec}
+    iou = dict(zip(data.vocabulary.names, scores["iou"].reshape(-1).tolist(), strict=True))
     with cli.whole_file(out) as temporary:
-        temporary.write_text(json.dumps(saved, indent=1) + "\n")
+        temporary.write_text(json.dumps(asked | as_json(scores | {"iou": iou}), indent=1) + "\n")
     print(f"\nsaved: {out}")
     return numbers(scores)
 
@@ -62,6 +71,15 @@ def evaluate(segmenter: Any, data: Any, split: str = "test", threshold: float | 
         on_device = {k: v.to(segmenter.device) if hasattr(v, "to") else v for k, v in batch.items()}
         evaluator.update(segmenter.network, segmenter.text, on_device)
     return evaluator.compute()
+
+
+def own_data(spec: dict[str, Any] | None, model: str) -> dict[str, Any]:
+    """The data that a model's config.json names. A downloaded file must not choose what is imported: only pmpseg's own classes."""
+    if not spec:
+        raise InputError(f"{model} does not say what data it was trained with; give a config with -c")
+    if not str(spec.get("class_path")).startswith("pmpseg."):
+        raise InputError(f"{model} was trained with {spec.get('class_path')}, no class of pmpseg; give a config that you trust with -c")
+    return spec
 
 
 def read_data(path: str) -> dict[str, Any]:

@@ -1,16 +1,18 @@
 """Scoring a network on batches of a data module: the same code in validation and in ``python -m pmpseg.evaluate``."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .inference import ask_one_by_one, ask_together, semantic_labels, upsample
+from .inference import ask_one_by_one, semantic_labels, soft_masks, upsample, with_synonyms
 from .metrics import ConfusionMetrics, PhraseMetrics
 from .models.clip import TextEncoder
 from .models.pmp import PMP
+from .models.query_decoder import Features
 from .vocabulary import Vocabulary
 
 PHRASE_MODES = ("alone", "mixed", "own")
@@ -19,8 +21,9 @@ PHRASE_MODES = ("alone", "mixed", "own")
 class Evaluator(nn.Module):
     """Both metrics of a data set: the class list as a label map, and phrases (or overlapping classes) as one mask each.
 
-    Phrases are asked ``alone``. ``mixed`` asks an image's phrases together with its absent ones, ``own`` with only those that are
-    there: this leaks the ground truth through the list, and is offered to measure by how much.
+    Phrases are asked ``alone``, as ``Segmenter.segment`` does; the whole class list, whose answer is at hand, is asked together.
+    ``mixed`` asks an image's phrases together with its absent ones, ``own`` asks and scores only those that are there: this
+    leaks the ground truth through the list, and is offered to measure by how much.
     """
 
     def __init__(
@@ -43,36 +46,50 @@ class Evaluator(nn.Module):
         """Adds one batch; its answers are scored at the size of its labels, the image's own."""
         image, size = batch["image"].float() / 255, tuple(batch["labels"].shape[-2:])
         image_size = tuple(image.shape[-2:])
-        features = network.encode(image)
-        class_list = text.encode(self.vocabulary.synonyms).expand(len(image))
-        self.classes.update(semantic_labels(network.decode(features, class_list), image_size, size), batch["labels"])
+        features, names = network.encode(image), self.vocabulary.names
+        prediction = network.decode(features, text.encode(with_synonyms(names, self.vocabulary)))
+        self.classes.update(semantic_labels(prediction, image_size, size), batch["labels"])
         if "prompt_masks" not in batch:
             return
-        prompts, truth = text.encode_batch(batch["prompts"]), batch["prompt_masks"]
-        real = prompts.valid.clone()
-        is_class_list = bool((batch["prompt_class"] >= 0).all())
-        if self.phrase_mode == "own" and not is_class_list:
-            prompts.valid &= truth.flatten(2).any(-1)
-        ask = ask_one_by_one if self.phrase_mode == "alone" and not is_class_list else ask_together
-        masks = upsample(ask(network, features, prompts)[0], image_size, size)
-        kinds = None
-        if self.phrases.kinds:
-            flat = [kind for image_kinds in batch["phrase_kind"] for kind in image_kinds]
-            kinds = [kind.split() for kind, ok in zip(flat, real.flatten().tolist(), strict=True) if ok]
-        self.phrases.update(masks[real], truth[real], kinds)
+        is_class_list = all(row == names for row in batch["prompts"])
+        by_class = soft_masks(prediction)[0] if is_class_list else None  # (B, C, h, w)
+        for i, (row, truth) in enumerate(zip(batch["prompts"], batch["prompt_masks"], strict=True)):
+            leaky = self.phrase_mode == "own" and not is_class_list
+            asked = [k for k, phrase in enumerate(row) if phrase and (not leaky or truth[k].any())]
+            if not asked:
+                continue
+            soft = self._ask(network, text, features, i, [row[k] for k in asked]) if by_class is None else by_class[i, None]
+            kinds = [self._kinds(batch["phrase_kind"][i][k]) for k in asked] if self.phrases.kinds else None
+            self.phrases.update(upsample(soft, image_size, size)[0], truth[asked], kinds)
+
+    def _ask(self, network: PMP, text: TextEncoder, features: Features, image: int, phrases: list[str]) -> Tensor:
+        """Soft masks (1, K, h, w) of the phrases of one image of the batch."""
+        features = Features(features.mask_features[image, None], [level[image, None] for level in features.levels])
+        prompts = text.encode(with_synonyms(phrases, self.vocabulary))
+        if self.phrase_mode == "alone":
+            return ask_one_by_one(network, features, prompts)[0]
+        return soft_masks(network.decode(features, prompts))[0]
+
+    def _kinds(self, kind: str) -> list[str]:
+        """"relation word" counts as both and, where the data lists it, as "relation_word"."""
+        words = kind.split()
+        joint = "_".join(words)
+        return [*words, joint] if len(words) > 1 and joint in self.phrases.kinds else words
 
     def compute(self) -> dict[str, Any]:
         """Single numbers under their metric's names, phrase scores as ``phrase_*``; ``iou`` (C,) and ``phrase_curve`` beside.
 
-        What is undefined (no unseen class, no phrase) is left out.
+        Counts (``phrase_n_*``) are integers. What is undefined (no unseen class, no phrase) is left out. All ranks must call it.
         """
         by_class = self.classes.compute()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*was called before the ``update``")  # data, or a rank, without phrases
+            by_phrase = dict(self.phrases.compute())  # a copy: torchmetrics keeps what it returned
         scores: dict[str, Any] = {k: float(v) for k, v in by_class.items() if k != "iou" and not math.isnan(v)}
         scores["iou"] = by_class["iou"].cpu()
-        if int(self.phrases.present + self.phrases.absent):
-            by_phrase = dict(self.phrases.compute())  # a copy: torchmetrics keeps what it returned
+        if not math.isnan(by_phrase["iou_with_absent"]):  # some rank had a phrase
             scores["phrase_curve"] = by_phrase.pop("curve")
-            scores |= {f"phrase_{k}": float(v) for k, v in by_phrase.items() if not math.isnan(v)}
+            scores |= {f"phrase_{k}": v.item() for k, v in by_phrase.items() if not math.isnan(v)}
         return scores
 
     def reset(self) -> None:
@@ -82,7 +99,20 @@ class Evaluator(nn.Module):
 
 def numbers(scores: dict[str, Any]) -> dict[str, float]:
     """The single numbers among ``Evaluator.compute``'s, without counts: what goes into logs."""
-    return {k: v for k, v in scores.items() if isinstance(v, float) and not k.startswith("phrase_n_")}
+    return {k: v for k, v in scores.items() if isinstance(v, float)}
+
+
+def as_json(value: Any) -> Any:
+    """Scores as plain JSON values: tensors as lists, 5 digits, null where undefined."""
+    if isinstance(value, dict):
+        return {k: as_json(v) for k, v in value.items()}
+    if isinstance(value, Tensor):
+        return as_json(value.tolist())
+    if isinstance(value, list):
+        return [as_json(v) for v in value]
+    if isinstance(value, float):
+        return None if math.isnan(value) else round(value, 5)
+    return value
 
 
 def best_threshold(scores: dict[str, Any]) -> float | None:

@@ -11,12 +11,12 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 
 from pmpseg import cli
 from pmpseg.training.callbacks import PlainProgressBar, RunCheckpoint, RunRecord
-from pmpseg.training.cli import PmpsegCLI
+from pmpseg.training.cli import PmpsegCLI, keep_numbered
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -25,11 +25,14 @@ def main(args: Sequence[str] | None = None) -> Path:
     """Trains as the command line (or ``args``) says and returns the run's folder."""
     _quieten()
     defaults, start = [ASSETS / "defaults.yaml"], ASSETS / "scenes.yaml"
-    run = PmpsegCLI(defaults, start, args, trainer_defaults={"callbacks": RunCheckpoint()})
+    run = PmpsegCLI(defaults, start, args, trainer_defaults={"callbacks": [RunCheckpoint(), RunCheckpoint(None)]})
     trainer, root = run.trainer, run.run_folder
-    trainer.callbacks = [PlainProgressBar() if isinstance(c, ProgressBar) else c for c in trainer.callbacks]
-    trainer.callbacks.insert(0, RunRecord(run.config.data.as_dict()))
+    default_bars = (TQDMProgressBar, RichProgressBar)
+    trainer.callbacks = [PlainProgressBar() if type(c) in default_bars else c for c in trainer.callbacks]
+    trainer.callbacks.insert(0, RunRecord(run.config.data.as_dict(), run.config.encoders))
     if not trainer.loggers:
+        if trainer.is_global_zero:
+            keep_numbered(root / "metrics.csv")  # the logger would begin it anew
         trainer.logger = CSVLogger(root, name="", version="")
     trainer.fit(run.model, datamodule=run.datamodule, ckpt_path=run.checkpoint())
     if trainer.is_global_zero:
@@ -40,8 +43,9 @@ def main(args: Sequence[str] | None = None) -> Path:
 def _quieten() -> None:
     """Hides advice that no user of this command can act on; warnings about their own doing stay."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer warns when workers are forked after its use
-    for pattern in (".*does not have many workers.*", ".*Checkpoint directory.*exists.*", ".*isinstance.*LeafSpec.*", ".*`lr_scheduler.*"):
-        warnings.filterwarnings("ignore", pattern)
+    patterns = "does not have many workers", "Checkpoint directory .* exists", "isinstance.*LeafSpec", r"in eval mode at the start"
+    for pattern in patterns:
+        warnings.filterwarnings("ignore", f".*{pattern}")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
 
 

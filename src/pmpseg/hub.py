@@ -1,9 +1,12 @@
-"""Names become folders: the tiny CLIP that ships with pmpseg, local folders, and ids of the Hugging Face hub."""
+"""Names become folders: the tiny CLIP that ships with pmpseg, model folders, and ids of the Hugging Face hub. No torch here."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 from pmpseg.errors import InputError
 
+FORMAT = 1  # of model folders
 TINY_CLIP = "tiny_clip"
 _SHIPPED = {TINY_CLIP: Path(__file__).parent / "assets" / "tiny_clip"}
 
@@ -13,16 +16,54 @@ def shipped_or(name: str) -> str:
     return str(_SHIPPED.get(name, name))
 
 
+def public_name(name: str) -> str:
+    """The inverse of ``shipped_or``: a name that means the same on another machine, where there is one."""
+    return next((short for short, folder in _SHIPPED.items() if str(folder) == name), name)
+
+
 def model_folder(name: str | Path) -> Path:
     """The local folder of a model: the folder itself, or a copy of the hub's repository of that id.
 
-    Raises InputError if there is neither.
+    Raises InputError if there is neither, or no config.json in it.
     """
     folder = Path(name)
-    if folder.is_dir():
+    if not folder.is_dir():
+        folder = _from_hub(name)
+    if (folder / "config.json").is_file():
         return folder
+    if (folder / "model" / "config.json").is_file():
+        raise InputError(f"{folder} is the folder of a run: give its model, {folder / 'model'}")
+    raise InputError(f"no config.json in {folder}: give a model folder, as a run leaves it in RUN/model")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a model folder. Raises InputError where it is not one of ours, OSError where there is none."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(config, dict) or config.get("architecture") != "PMP" or config.get("format") != FORMAT:
+        raise InputError(f"{path}: not the config of a pmpseg model; want 'architecture': 'PMP' and 'format': {FORMAT}")
+    missing = {"network", "text", "image_size", "threshold"} - set(config)
+    if missing:
+        raise InputError(f"{path}: misses {', '.join(sorted(missing))}; save the model again")
+    return config
+
+
+def check_free(folder: Path) -> None:
+    """Raises InputError if something stands at ``folder`` that must not give way to a model: not an empty folder, not a model."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    try:
+        read_config(folder)
+    except (InputError, OSError):
+        raise InputError(f"{folder} exists and is no model: give a new or an empty folder to save into") from None
+
+
+def _from_hub(name: str | Path) -> Path:
     wanted = "want a model folder (with config.json and model.safetensors) or a Hugging Face hub id"
-    if folder.exists() or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
+    if Path(name).exists() or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
         raise InputError(f"{name}: no such folder; {wanted}")
     from huggingface_hub import snapshot_download
 

@@ -4,6 +4,8 @@ Letters: B images, Q queries, K prompts, (h, w) the mask logits' size. ``image_s
 ``size`` that of the answer, the image's own before it was resized; the same where it is left out.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -11,8 +13,15 @@ from torch.nn import functional as F
 from .models.pmp import PMP, STRIDE
 from .models.prompts import Prediction, Prompts
 from .models.query_decoder import Features
+from .vocabulary import Vocabulary
 
 Size = tuple[int, int]
+
+
+def with_synonyms(prompts: Sequence[str], vocabulary: Vocabulary) -> list[str | list[str]]:
+    """Prompts for ``TextEncoder.encode``: the name of a class stands for all of its synonyms, anything else for itself."""
+    synonyms = dict(zip(vocabulary.names, vocabulary.synonyms, strict=True))
+    return [synonyms.get(prompt.strip(), prompt) for prompt in prompts]
 
 
 def upsample(maps: Tensor, image_size: Size, size: Size | None = None) -> Tensor:
@@ -54,17 +63,17 @@ def soft_masks(prediction: Prediction) -> tuple[Tensor, Tensor]:
     return answers, probabilities.amax(1)
 
 
-def ask_one_by_one(network: PMP, features: Features, prompts: Prompts) -> tuple[Tensor, Tensor]:
+def ask_one_by_one(network: PMP, features: Features, prompts: Prompts, at_once: int = 16) -> tuple[Tensor, Tensor]:
     """``soft_masks`` with every prompt decoded alone, so that none can hint at another's answer.
 
-    The image is encoded once. Padding prompts get zeros. Returns masks (B, K, h, w) and scores (B, K).
+    The image is encoded once; ``at_once`` prompts share a batch of the decoder, which changes nothing but the speed. Padding
+    prompts get zeros. Returns masks (B, K, h, w) and scores (B, K).
     """
-    answers = [soft_masks(network.decode(features, prompts.select([k]))) for k in range(prompts.pooled.shape[1])]
+    batch, answers = len(prompts.valid), []
+    for start in range(0, prompts.valid.shape[1], at_once):
+        some = prompts.select(slice(start, start + at_once))
+        count = some.valid.shape[1]
+        masks, scores = soft_masks(network.decode(features.repeat(count), some.one_by_one()))  # (B * count, 1, ...)
+        answers.append((masks.reshape(batch, count, *masks.shape[2:]), scores.reshape(batch, count)))
     masks, scores = (torch.cat(x, 1) for x in zip(*answers, strict=True))
-    return masks * prompts.valid[..., None, None], scores * prompts.valid
-
-
-def ask_together(network: PMP, features: Features, prompts: Prompts) -> tuple[Tensor, Tensor]:
-    """``soft_masks`` with all prompts decoded as one list: faster, and right for a list that is no image's own."""
-    masks, scores = soft_masks(network.decode(features, prompts))
     return masks * prompts.valid[..., None, None], scores * prompts.valid

@@ -7,6 +7,7 @@ from functools import lru_cache
 from PIL import Image, ImageDraw, ImageFont
 
 Colour = tuple[int, int, int]
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 INK, FAINT, PAPER, CARD = (25, 28, 33), (105, 112, 122), (255, 255, 255), (240, 241, 243)
 
 
@@ -46,7 +47,7 @@ def text_block(text: str, size: int, colour: Colour, width: int) -> Image.Image:
     return sheet
 
 
-def wrap(text: str, face: ImageFont.FreeTypeFont, width: int) -> list[str]:
+def wrap(text: str, face: Font, width: int) -> list[str]:
     """Lines no wider than ``width``; a word that is wider by itself is cut."""
     lines = []
     for paragraph in text.splitlines() or [""]:
@@ -61,8 +62,8 @@ def wrap(text: str, face: ImageFont.FreeTypeFont, width: int) -> list[str]:
     return lines
 
 
-def _length_that_fits(text: str, face: ImageFont.FreeTypeFont, width: int) -> int:
-    return bisect_right(range(len(text)), width, key=lambda n: face.getlength(text[:n])) - 1
+def _length_that_fits(text: str, face: Font, width: int) -> int:
+    return bisect_right(range(len(text)), float(width), key=lambda n: face.getlength(text[:n])) - 1
 
 
 def stack(sheets: Sequence[Image.Image], gap: int = 0, margin: int = 0) -> Image.Image:
@@ -78,7 +79,7 @@ def stack(sheets: Sequence[Image.Image], gap: int = 0, margin: int = 0) -> Image
 
 
 @lru_cache
-def font(size: int) -> ImageFont.FreeTypeFont:
+def font(size: int) -> Font:
     return ImageFont.load_default(size)
 
 

@@ -27,26 +27,39 @@ class SetLoss(nn.Module):
         num_points: int = 12544,
         oversample: float = 3.0,
         importance: float = 0.75,
+        pixel_weight: float = 0.0,
     ) -> None:
         super().__init__()
-        self.weights = {"class": class_weight, "mask": mask_weight, "dice": dice_weight}
+        self.weights = {"class": class_weight, "mask": mask_weight, "dice": dice_weight, "pixel": pixel_weight}
         self.no_object_weight = no_object_weight
         self.num_points, self.oversample, self.importance = num_points, oversample, importance
 
     def forward(
-        self, prediction: Prediction, masks: Tensor, present: Tensor, counted: Tensor | None = None
+        self,
+        prediction: Prediction,
+        masks: Tensor,
+        present: Tensor,
+        counted: Tensor | None = None,
+        valid: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """The weighted parts and their sum ``loss``, each a scalar averaged over layers' sums as Mask2Former adds them.
+        """The weighted parts, summed over layers as in Mask2Former, and their sum ``loss``: scalars.
 
         Args:
             prediction: logits of all layers.
-            masks: (B, K, H, W) bool, the pixels of each prompt.
+            masks: (B, K, H, W) bool, the pixels of each prompt, on the same area as the mask logits.
             present: (B, K) bool, which prompts have something to find; the others must go unnamed.
             counted: (B, H, W) bool, pixels with a known answer; None counts all.
+            valid: (B, K) bool, which prompts are real, for ``prediction.pixel_logits``; None counts all.
         """
-        batch, num_prompts = present.shape
         if masks.shape[:2] != present.shape:
             raise ValueError(f"masks: got {tuple(masks.shape)} for present {tuple(present.shape)}, want the same (B, K)")
+        with torch.autocast(masks.device.type, enabled=False):  # in half precision other pairs would be matched
+            return self._forward(prediction, masks, present, counted, valid)
+
+    def _forward(
+        self, prediction: Prediction, masks: Tensor, present: Tensor, counted: Tensor | None, valid: Tensor | None
+    ) -> dict[str, Tensor]:
+        batch, num_prompts = present.shape
         layers = [*prediction.aux, (prediction.mask_logits, prediction.class_logits)]
         mask_logits = torch.cat([m for m, _ in layers]).float()  # (L * B, Q, h, w)
         class_logits = torch.cat([c for _, c in layers]).float()  # (L * B, Q, K + 1)
@@ -70,6 +83,9 @@ class SetLoss(nn.Module):
         bce = F.binary_cross_entropy_with_logits(logits, truth, reduction="none") * inside
         parts["mask"] = (bce.sum(1) / inside.sum(1).clamp(min=1)).sum() / total_masks.clamp(min=1)
         parts["dice"] = dice_loss(logits, truth, inside).sum() / total_masks.clamp(min=1)
+        if prediction.pixel_logits is not None:
+            real = torch.ones_like(present) if valid is None else valid
+            parts["pixel"] = pixel_loss(prediction.pixel_logits.float(), masks, known, real) / total_masks.clamp(min=1)
         parts = {name: value * self.weights[name] for name, value in parts.items()}
         return {"loss": sum(parts.values()), **parts}
 
@@ -110,6 +126,16 @@ class SetLoss(nn.Module):
         best = sample(logits, many)[:, 0].abs().topk(unsure, 1, largest=False).indices if count else many[:, :unsure, 0].long()
         anywhere = torch.rand(count, self.num_points - unsure, 2, device=logits.device)
         return torch.cat([many.gather(1, best[..., None].expand(-1, -1, 2)), anywhere], 1)
+
+
+def pixel_loss(logits: Tensor, masks: Tensor, known: Tensor, valid: Tensor) -> Tensor:
+    """BCE of pixels named directly, present and absent prompts alike: means over known pixels, summed over prompts.
+
+    logits (B, K, h, w), masks (B, K, H, W) and known (B, 1, H, W) in [0, 1], valid (B, K) bool.
+    """
+    truth, inside = (F.interpolate(x, logits.shape[-2:], mode="area") for x in (masks, known))
+    bce = (F.binary_cross_entropy_with_logits(logits, truth, reduction="none") * inside).flatten(2).sum(-1)
+    return (bce / inside.flatten(2).sum(-1).clamp(min=1) * valid).sum()
 
 
 def dice_loss(logits: Tensor, truth: Tensor, inside: Tensor) -> Tensor:

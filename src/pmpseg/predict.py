@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
     prompts = Vocabulary.read(args.names_from).names if args.names_from else parse_prompts(args.prompts)
     images = list_images(args.images, args.out)
-    model = check_model(args.model)
+    model = model_folder(args.model)
     args.out.mkdir(parents=True, exist_ok=True)
 
     from tqdm import tqdm
@@ -47,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found: dict[str, Any] = {
         "info": {
             "model": args.model,
-            "threshold": segmenter.threshold if args.threshold is None else args.threshold,
+            "together": args.together,
+            "threshold": args.threshold if args.together or args.threshold is not None else segmenter.threshold,
         },
         "images": [],
         "categories": [{"id": number, "name": prompt} for number, prompt in enumerate(prompts)],
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise
             tqdm.write(f"pmpseg: skipped: {error}", file=sys.stderr)
             continue
-        answer = segmenter.segment(image, prompts, threshold=args.threshold)
+        answer = segmenter.segment(image, prompts, threshold=args.threshold, together=args.together)
         write_pictures(answer, prompts, args.out / name)
         number = len(found["images"])
         file_name = path.name if path == args.images else path.relative_to(args.images).as_posix()
@@ -102,25 +103,33 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--out", metavar="DIR", type=Path, required=True, help="where the pictures and the JSON go"
     )
     parser.add_argument(
-        "--threshold", metavar="T", type=float, help="of a mask, 0 to 1 (default: the model's own)"
+        "--together",
+        action=argparse.BooleanOptionalAction,
+        help="ask all prompts as one list and give every pixel to the best of them: the default with "
+        "--names-from, and right for a model of a class list (CamVid), which has only seen whole lists; "
+        "otherwise each prompt is asked alone, and masks may overlap",
+    )
+    parser.add_argument(
+        "--threshold",
+        metavar="T",
+        type=float,
+        help="of the masks of prompts asked alone, from 0 to below 1 (default: the model's own)",
     )
     parser.add_argument(
         "--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: cuda if there is one"
     )
     args = parser.parse_args(arguments)
-    if args.threshold is not None and not 0 <= args.threshold <= 1:
-        raise InputError(f"--threshold must lie in 0 to 1, got {args.threshold:g}")
+    check_threshold(args.threshold)
+    if args.together is None:
+        args.together = args.names_from is not None
+    if args.together and args.threshold is not None:
+        raise InputError("--threshold is for prompts asked alone: add --no-together, or leave it out")
     return args
 
 
-def check_model(name: str) -> Path:
-    """The model's folder, before torch is imported to load it."""
-    folder = model_folder(name)
-    if (folder / "config.json").is_file():
-        return folder
-    if (folder / "model" / "config.json").is_file():
-        raise InputError(f"{folder} is the folder of a run: give its model, {folder / 'model'}")
-    raise InputError(f"no config.json in {folder}: give a model folder, as a run leaves it in RUN/model")
+def check_threshold(value: float | None) -> None:
+    if value is not None and not 0 <= value < 1:
+        raise InputError(f"--threshold must lie in 0 to 1 (and below 1), got {value:g}")
 
 
 def list_images(source: Path, out: Path) -> dict[Path, Path]:

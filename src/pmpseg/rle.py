@@ -24,9 +24,8 @@ def encode(mask: np.ndarray) -> dict[str, Any]:
     if mask.ndim != 2:
         raise InputError(f"a mask to encode must have shape (H, W), got {mask.shape}")
     pixels = mask.astype(bool).ravel(order="F")
-    changes = np.flatnonzero(
-        np.diff(pixels, prepend=False)
-    )  # has 0 where a mask begins with 1: an empty first run
+    # Has 0 where a mask begins with 1: the first run is empty then.
+    changes = np.flatnonzero(np.diff(pixels, prepend=False))
     counts = np.diff(changes, prepend=0, append=pixels.size)
     return {"size": [int(side) for side in mask.shape], "counts": _to_string(counts)}
 
@@ -69,8 +68,8 @@ def _to_string(counts: np.ndarray) -> str:
 
 
 def _from_string(text: str | bytes) -> np.ndarray:
-    characters = np.frombuffer(text.encode("ascii") if isinstance(text, str) else text, dtype=np.uint8)
-    characters = characters.astype(np.int64) - 48
+    codes = np.frombuffer(text.encode("ascii") if isinstance(text, str) else text, dtype=np.uint8)
+    characters = codes.astype(np.int64) - 48
     last = characters & MORE == 0
     if (characters < 0).any() or (characters > 63).any() or not last[-1:].all():
         raise ValueError("a character of the counts is out of range, or their end is missing")
@@ -78,9 +77,8 @@ def _from_string(text: str | bytes) -> np.ndarray:
     lengths = np.diff(ends, prepend=-1)
     if (lengths > 12).any():
         raise ValueError("a count is larger than 64 bits")
-    place = np.arange(len(characters)) - np.repeat(
-        ends - lengths + 1, lengths
-    )  # of a character in its number
+    # The place of each character in its number.
+    place = np.arange(len(characters)) - np.repeat(ends - lengths + 1, lengths)
     numbers = np.zeros(len(ends), dtype=np.int64)
     np.add.at(numbers, np.repeat(np.arange(len(ends)), lengths), (characters & BITS) << (5 * place))
     numbers -= np.where(characters[ends] & SIGN, 1 << (5 * lengths), 0)

@@ -10,7 +10,6 @@ that is needed on another machine. No lightning is imported here.
 
 import hashlib
 import json
-import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,15 +25,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .errors import InputError
-from .hub import model_folder, shipped_or
+from .hub import FORMAT, check_free, model_folder, public_name, read_config, shipped_or
 from .images import read_image
-from .inference import Size, ask_one_by_one, ask_together, semantic_labels, upsample
+from .inference import Size, ask_one_by_one, semantic_labels, soft_masks, upsample, with_synonyms
 from .models.clip import TextEncoder
 from .models.pmp import PMP
 from .vocabulary import Vocabulary
 
-FORMAT = 1
 NOTHING = -1  # label of a pixel that no prompt claims
+MAX_ASPECT = 8  # an image more elongated than this is squeezed for the network
+TOWER = "backbone.tower."  # the part of the network that may come from elsewhere
 
 
 @dataclass
@@ -43,6 +43,9 @@ class Segmentation:
 
     ``scores`` (P,) float in [0, 1]: how sure the model is that there is something to find. ``soft`` (P, h, w) in [0, 1] are the
     masks as the network gave them; ``mask(i)`` and ``labels`` are computed from them at the image's own size when asked for.
+
+    Masks of prompts that were asked one by one may overlap or leave pixels out. Those of prompts asked together are a partition:
+    every pixel belongs to the best prompt, ``class_labels`` (H, W) says to which, and the threshold has no part in it.
     """
 
     image: Image.Image
@@ -60,17 +63,19 @@ class Segmentation:
 
     def probability(self, index: int) -> np.ndarray:
         """(H, W) float32 in [0, 1]: how much each pixel belongs to prompt ``index``."""
-        return upsample(self.soft[None, index : index + 1], self.image_size, self.size)[0, 0].numpy()
+        return upsample(self.soft[index][None, None], self.image_size, self.size)[0, 0].numpy()
 
     def mask(self, index: int) -> np.ndarray:
         """(H, W) bool: the pixels of prompt ``index``; all False when it is not there."""
         if not -len(self.prompts) <= index < len(self.prompts):
             raise InputError(f"mask({index}): there are {len(self.prompts)} prompts, 0 to {len(self.prompts) - 1}")
-        return self.probability(index % len(self.prompts)) > self.threshold
+        if self.class_labels is not None:
+            return self.class_labels == index % len(self.prompts)
+        return self.probability(index) > self.threshold
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """(H, W) int64: the prompt that each pixel belongs to most, or -1 for none of them."""
+        """(H, W) int64: the prompt that each pixel belongs to most, or -1 for none of them (never so of prompts asked together)."""
         if self.class_labels is not None:
             return self.class_labels
         labels = np.full(self.size, NOTHING)
@@ -110,6 +115,7 @@ class Segmenter:
         image_size: the short side, in pixels, at which the network works.
         threshold: of soft masks, chosen on the validation split.
         data: ``class_path`` and ``init_args`` of the data that it was trained with, for ``evaluate``.
+        backbone_weights: what the backbone was started from (see ``models.PMP``); ``save`` can name it in place of a frozen one.
     """
 
     def __init__(
@@ -120,9 +126,11 @@ class Segmenter:
         image_size: int,
         threshold: float = 0.5,
         data: dict[str, Any] | None = None,
+        backbone_weights: str | None = None,
     ) -> None:
         self.network, self.text, self.vocabulary = network.eval(), text.eval(), vocabulary
-        self.image_size, self.threshold, self.data = image_size, threshold, data
+        self.image_size, self.threshold = image_size, threshold
+        self.data, self.backbone_weights = data, backbone_weights
 
     @property
     def device(self) -> torch.device:
@@ -143,12 +151,13 @@ class Segmenter:
     ) -> Segmentation:
         """The masks of ``prompts`` in ``image`` (see ``images.read_image``), at the image's own size.
 
-        Each prompt is asked alone, the image being encoded once. ``together`` asks them as one list of classes, of which every
-        pixel gets the best: faster, and what ``labels`` means for a data set's class list.
+        Each prompt is asked alone, the image being encoded once; ``threshold`` (default: the model's own) cuts its soft mask.
+        ``together`` asks them as one list of classes, of which every pixel gets the best: faster, and right for a data set's
+        class list. The name of a class of ``vocabulary`` stands for all of its synonyms.
         """
         picture = read_image(image)
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        encoded = self.text.encode(prompts)
+        encoded = self.text.encode(with_synonyms(prompts, self.vocabulary))
         tensor = self._working_image(picture).to(self.device)
         image_size = tuple(tensor.shape[-2:])
         features = self.network.encode(tensor)
@@ -156,28 +165,31 @@ class Segmenter:
         if together:
             prediction = self.network.decode(features, encoded)
             labels = semantic_labels(prediction, image_size, (picture.height, picture.width))[0].cpu().numpy()
-        soft, scores = (ask_together if together else ask_one_by_one)(self.network, features, encoded)
+            soft, scores = soft_masks(prediction)
+        else:
+            soft, scores = ask_one_by_one(self.network, features, encoded)
         threshold = self.threshold if threshold is None else threshold
         return Segmentation(picture, prompts, scores[0].cpu().numpy(), soft[0].cpu(), threshold, image_size, labels)
 
     def _working_image(self, image: Image.Image) -> Tensor:
-        """(1, 3, h, w) in [0, 1] with the short side at ``image_size``."""
+        """(1, 3, h, w) in [0, 1] with the short side at ``image_size`` and the long one at most ``MAX_ASPECT`` times that."""
         scale = self.image_size / min(image.size)
-        size = tuple(max(1, round(s * scale)) for s in image.size)
+        size = tuple(min(round(s * scale), MAX_ASPECT * self.image_size) for s in image.size)
         resized = image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
         return torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None].float() / 255
 
     # ---- files
 
     def save(self, folder: str | Path, encoders: str = "copy") -> Path:
-        """Writes the model folder, whole or not at all.
+        """Writes the model folder, whole or not at all; replaces an earlier model or an empty folder, and nothing else.
 
         ``encoders``: "copy" puts the text encoder into the folder; "reference" leaves its name and the hash of its weights, which
-        must be found again, and be the same, where the model is loaded.
+        must be found again, and be the same, where the model is loaded. So also for a frozen backbone with ``backbone_weights``.
         """
         if encoders not in ("copy", "reference"):
             raise InputError(f"encoders: got {encoders!r}, want 'copy' or 'reference'")
         folder = Path(folder)
+        check_free(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         config = {
             "format": FORMAT,
@@ -189,18 +201,21 @@ class Segmenter:
             "data": self.data,
         }
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as work:
-            part = Path(work) / folder.name
+            part = Path(work) / "new"
             part.mkdir()
+            state = {k: v.detach().cpu().contiguous() for k, v in self.network.state_dict().items()}
             if encoders == "copy":
                 self.text.save(part / "text_encoder")
             else:
-                config["text"] |= {"name": self.text.name, "sha256": weights_hash(self.text)}
-            state = {k: v.detach().cpu().contiguous() for k, v in self.network.state_dict().items()}
+                config["text"] |= _reference(self.text.name, self.text)
+                if self.backbone_weights and self.network.config["backbone_frozen"]:
+                    config["backbone_weights"] = _reference(self.backbone_weights, self.network.backbone.tower)
+                    state = {k: v for k, v in state.items() if not k.startswith(TOWER)}
             save_file(state, part / "model.safetensors")
             self.vocabulary.write(part / "vocabulary.txt")
             (part / "config.json").write_text(json.dumps(config, indent=1) + "\n")
             if folder.exists():
-                shutil.rmtree(folder)
+                folder.rename(Path(work) / "old")
             part.rename(folder)
         return folder
 
@@ -208,15 +223,19 @@ class Segmenter:
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Segmenter":
         """Opens a model folder or a hub id. Raises InputError where something is missing, foreign or broken."""
         folder = model_folder(folder)
-        config = _read_config(folder)
+        config = read_config(folder)
         text = _load_text(folder, config["text"])
+        tower = config.get("backbone_weights")  # of a frozen one that is not in the folder
         try:
-            network = PMP(**config["network"])
+            network = PMP(**config["network"], backbone_weights=tower and shipped_or(tower["name"]))
         except TypeError as error:
             raise InputError(f"{folder / 'config.json'}: 'network' does not describe a PMP ({error})") from None
-        _load_weights(network, folder / "model.safetensors")
+        if tower:
+            _check_reference("backbone", tower, network.backbone.tower)
+        _load_weights(network, folder / "model.safetensors", without=TOWER if tower else None)
         vocabulary = Vocabulary.read(folder / "vocabulary.txt")
-        return cls(network, text, vocabulary, config["image_size"], config["threshold"], config.get("data")).to(device)
+        data, source = config.get("data"), tower and tower["name"]
+        return cls(network, text, vocabulary, config["image_size"], config["threshold"], data, source).to(device)
 
 
 def weights_hash(module: nn.Module) -> str:
@@ -228,42 +247,36 @@ def weights_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise InputError(f"{folder}: no config.json in it; want a model folder as a training run leaves it in RUN/model")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(config, dict) or config.get("architecture") != "PMP" or config.get("format") != FORMAT:
-        raise InputError(f"{path}: not the config of a pmpseg model; want 'architecture': 'PMP' and 'format': {FORMAT}")
-    missing = {"network", "text", "image_size", "threshold"} - set(config)
-    if missing:
-        raise InputError(f"{path}: misses {', '.join(sorted(missing))}; save the model again")
-    return config
+def _reference(name: str, module: nn.Module) -> dict[str, str]:
+    return {"name": public_name(name), "sha256": weights_hash(module)}
+
+
+def _check_reference(what: str, reference: dict[str, str], module: nn.Module) -> None:
+    if weights_hash(module) != reference["sha256"]:
+        raise InputError(f"{what} {reference['name']}: its weights are not those that the model was trained with (SHA-256 differs)")
 
 
 def _load_text(folder: Path, config: dict[str, Any]) -> TextEncoder:
     name = shipped_or(config["name"]) if "name" in config else folder / "text_encoder"
     text = TextEncoder(name, config["templates"], config["normalize"])
-    if "sha256" in config and weights_hash(text) != config["sha256"]:
-        raise InputError(f"text encoder {config['name']}: its weights are not those that the model was trained with (SHA-256 differs)")
+    if "name" in config:
+        _check_reference("text encoder", config, text)
     return text
 
 
-def _load_weights(network: nn.Module, path: Path) -> None:
+def _load_weights(network: nn.Module, path: Path, without: str | None) -> None:
+    """Fills the network, but for the weights whose names start with ``without``."""
     if not path.is_file():
         raise InputError(f"{path}: no such file; the model folder is not complete")
     try:
         state = load_file(path)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a whole safetensors file ({error}); copy or save the model again") from None
-    wanted = network.state_dict()
+    wanted = {k: v for k, v in network.state_dict().items() if without is None or not k.startswith(without)}
     wrong = [k for k in sorted(set(wanted) | set(state)) if k not in state or k not in wanted or state[k].shape != wanted[k].shape]
     if wrong:
         raise InputError(f"{path}: {len(wrong)} of {len(wanted)} weights do not fit the network in config.json, first {wrong[0]!r}")
     broken = [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]
     if broken:
         raise InputError(f"{path}: {broken[0]!r} holds NaN or infinity; this training went wrong, use an earlier checkpoint")
-    network.load_state_dict(state)
+    network.load_state_dict(state, strict=False)

@@ -112,13 +112,6 @@ class Vocabulary:
         ]
         Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-    def to_dict(self) -> dict[str, list]:
-        return {"names": self.names, "synonyms": self.synonyms, "unseen": self.unseen}
-
-    @classmethod
-    def from_dict(cls, state: dict[str, list]) -> "Vocabulary":
-        return cls(state["names"], state["synonyms"], state["unseen"])
-
 
 def parse_prompts(text: str) -> list[str]:
     """``"red circle; stripes"`` -> ``["red circle", "stripes"]``.

@@ -30,7 +30,8 @@ class SegmentationData(LightningDataModule):
 
     A subclass sets ``vocabulary`` and gives ``dataset(split)`` for "train", "val" and "test". ``image_size``
     is the short side at which the network works; ``num_prompts`` (K) the prompts of a training image, None
-    for all classes. Batches of several images in evaluation need images of one size.
+    for all classes; ``few_prompts`` the share of training images that get one to three of them only, since
+    ``predict`` asks one at a time. Batches of several images in evaluation need images of one size.
     """
 
     vocabulary: Vocabulary
@@ -43,10 +44,12 @@ class SegmentationData(LightningDataModule):
         eval_batch_size: int = 1,
         num_workers: int = 2,
         seed: int = 0,
+        few_prompts: float = 0.0,
     ) -> None:
         super().__init__()
         self.image_size = image_size
         self.num_prompts = num_prompts
+        self.few_prompts = few_prompts
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
@@ -124,15 +127,16 @@ class UnpaddedSampler(DistributedSampler):
     Ranks may have different numbers of batches, so an evaluation step must not wait for the other ranks.
     """
 
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: SegmentationDataset) -> None:
         rank, world_size = _rank_and_world_size()
         super().__init__(dataset, world_size, rank, shuffle=False)
+        self.own = range(rank, len(dataset), world_size)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(range(self.rank, len(self.dataset), self.num_replicas))
+        return iter(self.own)
 
     def __len__(self) -> int:
-        return len(range(self.rank, len(self.dataset), self.num_replicas))
+        return len(self.own)
 
 
 def collate(samples: list[dict]) -> dict:
@@ -157,19 +161,24 @@ def choose_prompts(
     vocabulary: Vocabulary,
     num_prompts: int | None,
     rng: np.random.Generator,
+    few_prompts: float = 0.0,
 ) -> tuple[list[str], np.ndarray]:
     """Prompts of one training image: K strings, padded with "", and their classes (K,) int64, padded with -1.
 
     K is ``num_prompts`` whatever the image (None: the number of seen classes). First come the classes
     ``present``, then absent ones as negatives, a random choice of each where there is no room for all; then
     the order is shuffled, and each class speaks through a random synonym. Unseen classes and 255 are left
-    out.
+    out. In a share ``few_prompts`` of the calls only one to three of these are kept, a present one among
+    them if there is one, and the others are padding.
     """
     seen = np.array(vocabulary.seen)
     size = len(seen) if num_prompts is None else num_prompts
     is_present = np.isin(seen, np.array(list(present), dtype=np.int64))
     ranked = np.concatenate([rng.permutation(seen[is_present]), rng.permutation(seen[~is_present])])
-    chosen = rng.permutation(ranked[:size])
+    ranked = ranked[:size]
+    if rng.random() < few_prompts:  # the first one stays: where it can be, it is present
+        ranked = np.concatenate([ranked[:1], rng.permutation(ranked[1:])[: rng.integers(3)]])
+    chosen = rng.permutation(ranked)
     prompts = [str(rng.choice(vocabulary.synonyms[index])) for index in chosen]
     padding = size - len(chosen)
     return prompts + [""] * padding, np.concatenate([chosen, np.full(padding, -1)]).astype(np.int64)

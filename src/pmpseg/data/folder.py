@@ -28,6 +28,7 @@ from pmpseg.data.transforms import eval_transform, train_transform
 from pmpseg.errors import InputError
 from pmpseg.vocabulary import Vocabulary
 
+Source = MaskFolder | CocoInstances
 CHECKED_MASKS = 8  # of each split, read in full at start; the others when their turn comes
 
 
@@ -40,7 +41,7 @@ class FolderData(SegmentationData):
     of the training images, chosen by their names, is for validation where there is no val split (1: all of
     them). Training images are cut to ``crop_size`` (height, width), by default a square of ``image_size``;
     ``scale``, ``flip`` and ``colour`` are explained at ``train_transform``. In evaluation labels keep the
-    images' own size unless ``resize_labels``.
+    images' own size unless ``resize_labels``. The other arguments are explained at ``SegmentationData``.
 
     Pixels of COCO images that belong to no instance have label 255.
     Raises ``InputError`` for missing, unreadable, mismatched or out-of-range files.
@@ -63,12 +64,13 @@ class FolderData(SegmentationData):
         colour: float = 0.4,
         resize_labels: bool = False,
         num_prompts: int | None = None,
+        few_prompts: float = 0.0,
         batch_size: int = 8,
         eval_batch_size: int = 1,
         num_workers: int = 2,
         seed: int = 0,
     ) -> None:
-        super().__init__(image_size, num_prompts, batch_size, eval_batch_size, num_workers, seed)
+        super().__init__(image_size, num_prompts, batch_size, eval_batch_size, num_workers, seed, few_prompts)
         self.root = Path(root)
         self.crop_size = crop_size or (image_size, image_size)
         self.scale = scale
@@ -79,6 +81,7 @@ class FolderData(SegmentationData):
         names = dict(zip(("train", "val", "test"), split_names, strict=True))
         jsons = {split: self.root / annotations / f"instances_{name}.json" for split, name in names.items()}
         contents = {split: read_instances(path) for split, path in jsons.items() if path.is_file()}
+        sources: dict[str, Source]
         if (self.root / masks).is_dir():
             self.vocabulary = Vocabulary.read(class_list)
             num_classes = len(self.vocabulary)
@@ -112,6 +115,7 @@ class FolderData(SegmentationData):
         if split not in self._splits:
             raise InputError(f"{self.root} has no images for {split}: it has {' and '.join(self._splits)}")
         source, indices = self._splits[split]
+        transform: Callable[..., dict]
         if split == "train":
             transform = train_transform(self.crop_size, self.scale, self.flip, self.colour)
         else:
@@ -124,9 +128,9 @@ class FolderDataset(SegmentationDataset):
 
     def __init__(
         self,
-        source: MaskFolder | CocoInstances,
+        source: Source,
         indices: list[int],
-        transform: Callable,
+        transform: Callable[..., dict],
         train: bool,
         data: FolderData,
     ) -> None:
@@ -136,6 +140,7 @@ class FolderDataset(SegmentationDataset):
         self.train = train
         self.vocabulary = data.vocabulary
         self.num_prompts = data.num_prompts
+        self.few_prompts = data.few_prompts
         self.seed = data.seed
 
     def __len__(self) -> int:
@@ -147,7 +152,9 @@ class FolderDataset(SegmentationDataset):
             rng = np.random.default_rng([self.seed, epoch, index])
             sample = self.transform(sample, int(rng.integers(2**63)))
             sample["labels"] = ignore_unseen(sample["labels"], self.vocabulary)
-            prompts, prompt_class = choose_prompts(_present(sample), self.vocabulary, self.num_prompts, rng)
+            prompts, prompt_class = choose_prompts(
+                _present(sample), self.vocabulary, self.num_prompts, rng, self.few_prompts
+            )
         else:
             sample = self.transform(sample)
             prompts, prompt_class = all_prompts(self.vocabulary)
@@ -175,7 +182,7 @@ def _present(sample: dict) -> np.ndarray:
     return np.unique(sample["labels"])
 
 
-def _check(sources: dict[str, MaskFolder | CocoInstances], vocabulary: Vocabulary) -> None:
+def _check(sources: dict[str, Source], vocabulary: Vocabulary) -> None:
     if len(vocabulary) > IGNORE:
         raise InputError(f"{len(vocabulary)} classes: at most {IGNORE} are possible, {IGNORE} means ignore")
     for source in sources.values():
@@ -185,8 +192,8 @@ def _check(sources: dict[str, MaskFolder | CocoInstances], vocabulary: Vocabular
 
 
 def _fill_splits(
-    sources: dict[str, MaskFolder | CocoInstances], val_fraction: float
-) -> dict[str, tuple[MaskFolder | CocoInstances, list[int]]]:
+    sources: dict[str, Source], val_fraction: float
+) -> dict[str, tuple[Source, list[int]]]:
     """(source, indices) by split; a missing "val" is a part of "train", a missing "test" is "val"."""
     splits = {split: (source, list(range(len(source)))) for split, source in sources.items()}
     if "train" in splits and "val" not in splits:

@@ -142,9 +142,12 @@ def _plural(name: str) -> str:
 
 
 def present_phrase(scene: Scene, kind: str, rng: np.random.Generator, seen_only: bool = True) -> Phrase | None:
-    """A phrase of this kind with something to find and the distractor that its kind asks for; None if the scene has none."""
+    """A phrase of this kind with something to find and the distractor that its kind asks for; None if the scene has none.
+
+    Phrases about what is held out come first, unless only seen ones are wanted.
+    """
     found = [p for p in _candidates(scene, kind, rng) if not seen_only or p.group == "seen"]
-    for i in rng.permutation(len(found)):
+    for i in sorted(rng.permutation(len(found)), key=lambda i: found[i].group == "seen"):
         mask = found[i].mask(scene)
         if mask is not None and mask.sum() >= SMALLEST:
             return found[i]
@@ -176,14 +179,14 @@ def _candidates(scene: Scene, kind: str, rng: np.random.Generator) -> list[Phras
     elif kind == "attributes":
         found = [
             Phrase("attributes", d, definite=bool(rng.random() < 0.5))
-            for d in _described(things[int(rng.integers(len(things)))], 1)
+            for d in _described(_one_of(things, rng), 1)
             if any(sum(not _agrees(d, a, o) for a in ATTRIBUTES) == 1 for o in things)
         ]
     elif kind == "group":
         found = [Phrase("group", Description(**{a: v})) for a, v in _shared(things, ("size", "pattern", "colour"))]
-        counts = [(Description(shape=v), a) for a, v in _shared(things, ("shape",))]
-        counts += [(d, "") for t in things for d in (Description(colour=t.colour, shape=t.shape),)]
-        found += [Phrase("group", d, count=n) for d, _ in counts if (n := sum(map(d.fits, things))) in NUMBERS]
+        named = [Description(shape=shape) for _, shape in _shared(things, ("shape",))]
+        named += [Description(colour=t.colour, shape=t.shape) for t in things]
+        found += [Phrase("group", d, count=n) for d in named if (n := sum(map(d.fits, things))) in NUMBERS]
         found = [p for p in found if len(p.things(scene)) < len(things)]
     elif kind == "part":
         marked = [t for t in things if t.pattern != "plain"]
@@ -211,7 +214,7 @@ def _relations(scene: Scene, rng: np.random.Generator) -> list[Phrase]:
         if count[target] >= 2 and count[anchor] == 1
         for relation in RELATIONS
     ]
-    phrases += [Phrase("relation", d, stuff=s) for d in names if count[d] >= 2 for s in sorted(set(scene.ground)) * 2]
+    phrases += [Phrase("relation", d, stuff=s) for d in names if count[d] >= 2 for s in sorted(set(scene.ground))]
     for i in rng.permutation(len(phrases)):
         phrase = phrases[i]
         chosen = phrase.things(scene)
@@ -219,6 +222,13 @@ def _relations(scene: Scene, rng: np.random.Generator) -> list[Phrase]:
         if chosen and len(chosen) < count[phrase.target] - anchors:
             return [phrase]
     return []
+
+
+def _one_of(things: tuple[Thing, ...], rng: np.random.Generator) -> Thing:
+    """Any thing, a held-out one if there is one."""
+    held_out = [t for t in things if group_of(t.colour, t.shape) != "seen"]
+    choice = held_out or things
+    return choice[int(rng.integers(len(choice)))]
 
 
 def _described(thing: Thing, extra: int) -> list[Description]:

@@ -10,6 +10,7 @@ colour and a shape that never met in training) and about unseen *words* (star, h
 import numpy as np
 import torch
 
+from pmpseg.errors import InputError
 from pmpseg.vocabulary import Vocabulary
 
 from .base import SegmentationData, SegmentationDataset
@@ -48,13 +49,15 @@ class Scenes(SegmentationData):
         num_workers: int = 1,
         seed: int = 0,
     ) -> None:
+        if not 64 <= image_size <= 256:
+            raise InputError(f"image_size: got {image_size}, want 64 to 256 pixels; things do not grow with the scene")
         super().__init__(image_size, num_prompts, batch_size, eval_batch_size, num_workers, seed)
         self.lengths = {"train": train_length, "val": val_length, "test": test_length}
         self.few_prompts = few_prompts
         unseen = [i for i, name in enumerate(CLASSES) if CLASS_GROUP[name] != "seen"]
         self.vocabulary = Vocabulary(list(CLASSES), [[name] for name in CLASSES], unseen)
         self.class_groups = {g: [i for i, n in enumerate(CLASSES) if CLASS_GROUP[n] == g] for g in GROUPS[1:]}
-        self.phrase_kinds = (*PHRASE_KINDS, *GROUPS)
+        self.phrase_kinds = (*PHRASE_KINDS, *GROUPS, *(f"{kind}_{group}" for kind in PHRASE_KINDS for group in GROUPS))
 
     def dataset(self, split: str) -> "SceneDataset":
         return SceneDataset(self, split)
@@ -96,7 +99,10 @@ class SceneDataset(SegmentationDataset):
         return self.data.num_prompts if self.split == "train" else len(PHRASE_KINDS) + ABSENT_AT_TEST
 
     def test_phrases(self, scene: Scene, rng: np.random.Generator) -> list[Ask]:
-        """One phrase of every kind that the scene has, and as many with nothing to find; none is a class, hence -1."""
+        """One phrase of every kind that the scene has, and as many with nothing to find; none is a class, hence -1.
+
+        Where a test scene can be asked about what is held out, it is.
+        """
         seen_only = self.split != "test"
         phrases = [present_phrase(scene, kind, rng, seen_only) for kind in PHRASE_KINDS]
         phrases += [absent_phrase(scene, rng, seen_only) for _ in range(ABSENT_AT_TEST)]

@@ -3,6 +3,8 @@
 A source has ``files`` (its images), ``check_sizes()`` and ``read(i)``, which gives a dict of image (H, W, 3)
 uint8, labels (H, W) uint8 with 255 = ignore and, where classes may overlap, masks (N, H, W) bool with their
 classes (N,). All of them raise ``InputError`` with the file's name for what is wrong.
+
+Images are read by ``read_image``, as ``predict`` reads them: upright, 16 bits scaled, transparency on white.
 """
 
 import json
@@ -10,16 +12,18 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from pmpseg.data.base import IGNORE
 from pmpseg import rle
+from pmpseg.data.base import IGNORE
 from pmpseg.data.coco import polygon_mask
 from pmpseg.errors import InputError
+from pmpseg.images import read_image
 from pmpseg.vocabulary import Vocabulary
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 INDEX_MODES = ("1", "L", "P", "I", "I;16")  # one channel, read as class indices
+ON_ITS_SIDE = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
 class MaskFolder:
@@ -41,14 +45,13 @@ class MaskFolder:
                     raise InputError(
                         f"{mask_file} is a {mask.mode} picture: a mask has one channel of class indices"
                     )
-                if image.size != mask.size:
-                    sizes = (
-                        f"{mask_file} is {mask.width}x{mask.height}, its image {image.width}x{image.height}"
-                    )
-                    raise InputError(f"{sizes}: a mask must have its image's size")
+                (width, height), (mask_width, mask_height) = _upright_size(image), _upright_size(mask)
+            if (width, height) != (mask_width, mask_height):
+                sizes = f"{mask_file} is {mask_width}x{mask_height}, its image {width}x{height}"
+                raise InputError(f"{sizes}: a mask must have the size of its image (turned as its EXIF says)")
 
     def read(self, index: int) -> dict:
-        labels = read_pixels(self.masks[index]).astype(np.int32)
+        labels = _read_indices(self.masks[index])
         labels[labels == self.ignore_label] = IGNORE
         wrong = (labels != IGNORE) & ((labels < 0) | (labels >= self.num_classes))
         if wrong.any():
@@ -58,7 +61,7 @@ class MaskFolder:
                 f"{self.masks[index]} has label {found}: the labels of {self.num_classes} classes are 0.."
                 f"{self.num_classes - 1}, ignored is {ignored}; mend the class list, the mask or ignore_label"
             )
-        return {"image": read_pixels(self.files[index], "RGB"), "labels": labels.astype(np.uint8)}
+        return {"image": np.array(read_image(self.files[index])), "labels": labels.astype(np.uint8)}
 
 
 class CocoInstances:
@@ -100,16 +103,16 @@ class CocoInstances:
         """Compare every image's size with the JSON's (headers only)."""
         for file, entry in zip(self.files, self._images, strict=True):
             with open_image(file) as image:
-                width, height = image.size
+                width, height = _upright_size(image)
             if (width, height) != (entry["width"], entry["height"]):
                 wanted = f"{entry['width']}x{entry['height']}"
                 raise InputError(
-                    f"{file} is {width}x{height}, but {self.path} says {wanted}: they must agree"
+                    f"{file} is {width}x{height} (turned as its EXIF says), but {self.path} says {wanted}: "
+                    "they must agree"
                 )
 
     def read(self, index: int) -> dict:
         entry = self._images[index]
-        pixels = read_pixels(self.files[index], "RGB")
         shape = (entry["height"], entry["width"])
         masks: dict[int, np.ndarray] = {}
         instances = []
@@ -122,7 +125,7 @@ class CocoInstances:
             labels[mask] = label
         classes = sorted(masks)
         return {
-            "image": pixels,
+            "image": np.array(read_image(self.files[index])),
             "labels": labels,
             "masks": np.array([masks[label] for label in classes], dtype=bool).reshape(-1, *shape),
             "classes": np.array(classes, dtype=np.int64),
@@ -171,17 +174,27 @@ def open_image(path: Path) -> Image.Image:
     """Open an image without reading its pixels. Raises ``InputError`` with the file's name."""
     try:
         return Image.open(path)
-    except OSError as error:
-        raise InputError(f"cannot read the image {path}: {error}") from None
+    except (OSError, Image.DecompressionBombError) as error:
+        reason = "not an image that PIL reads" if isinstance(error, UnidentifiedImageError) else error
+        raise InputError(f"{path}: cannot be read as an image ({reason})") from None
 
 
-def read_pixels(path: Path, mode: str | None = None) -> np.ndarray:
-    """Pixels as an array, converted to a PIL mode such as "RGB" unless None. Raises ``InputError``."""
-    with open_image(path) as image:
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) after the turn that the EXIF asks for, without reading pixels."""
+    width, height = image.size
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+        return width, height  # PIL turns the one itself, and searches the other's pixels for an EXIF
+    turned = image.getexif().get(ExifTags.Base.Orientation) in ON_ITS_SIDE
+    return (height, width) if turned else (width, height)
+
+
+def _read_indices(path: Path) -> np.ndarray:
+    """The pixels of a mask (H, W) int32 as they are: palettes and 16 bits are indices, not colours."""
+    with open_image(path) as mask:
         try:
-            return np.array(image.convert(mode) if mode else image)
+            return np.array(ImageOps.exif_transpose(mask)).astype(np.int32)
         except (OSError, SyntaxError) as error:  # PIL's ways to say that a file is cut short or broken
-            raise InputError(f"cannot read the image {path}: {error}") from None
+            raise InputError(f"{path}: cannot be read as an image ({error})") from None
 
 
 def _pairs(images: Path, masks: Path) -> tuple[list[Path], list[Path]]:

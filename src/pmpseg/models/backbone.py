@@ -8,8 +8,10 @@ Every backbone normalises inside itself. Its `config` rebuilds it without weight
 """
 
 import difflib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import timm
 import torch
@@ -17,12 +19,13 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from ..errors import InputError
-from .clip import CLIP_MEAN, CLIP_STD, load_clip_vision
+from .clip import load_clip_vision
 from .pyramid import ViTPyramid
 from .towers import STRIDES, ClipTower, PyramidTower, ViTTower
 from .weights import load_weights
 
 WIDTH = 96
+OPENAI = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
 # What a CLIP vision tower is built from; the rest of its config is not about its shape.
 VISION_KEYS = (
     "hidden_size",
@@ -49,13 +52,17 @@ class Backbone(nn.Module):
     """
 
     strides = STRIDES
+    mean: Tensor
+    std: Tensor
 
-    def __init__(self, tower: nn.Module, config: dict, pyramid: ViTPyramid | None = None) -> None:
+    def __init__(
+        self, tower: nn.Module, config: dict, channels: tuple[int, ...], pyramid: ViTPyramid | None = None
+    ) -> None:
         super().__init__()
         self.tower = tower
         self.pyramid = pyramid
         self.config = config
-        self.channels: tuple[int, ...] = (config["width"],) * 4 if pyramid else tower.channels
+        self.channels = channels
         self.loaded: str | None = None
         self.frozen: bool = config["frozen"]
         if self.frozen:
@@ -122,14 +129,20 @@ def build_backbone(
 
 def _build_clip(config: dict, weights: str | None) -> Backbone:
     if weights is not None:
-        vision, mean, std = load_clip_vision(weights)
+        vision, own = load_clip_vision(weights)
+        if missing := [key for key in OPENAI if key not in own | config]:
+            warnings.warn(
+                f"{weights} has no image processor (preprocessor_config.json), nor is {' or '.join(missing)} "
+                "given: images are normalised as OpenAI's CLIP wants them",
+                stacklevel=3,
+            )
     elif "vision" in config:
-        vision, mean, std = CLIPVisionModel(CLIPVisionConfig(**config["vision"])), CLIP_MEAN, CLIP_STD
+        vision, own = CLIPVisionModel(CLIPVisionConfig(**config["vision"])), {}
     else:
         raise InputError("backbone 'clip' got no weights; wanted a Hugging Face CLIP folder or hub id")
     tower = ClipTower(vision, _blocks(config, vision.config.num_hidden_layers))
     vision_config = {key: getattr(vision.config, key) for key in VISION_KEYS}
-    config = {"mean": mean, "std": std} | config | {"vision": vision_config}
+    config = OPENAI | own | config | {"vision": vision_config}
     return _on_vit(tower, vision.config.hidden_size, config)
 
 
@@ -144,7 +157,8 @@ def _build_timm(config: dict, weights: str | None) -> Backbone:
     elif "blocks" in config or "width" in config:
         raise InputError(f"backbone {config['name']!r} is no plain ViT; 'blocks' and 'width' are for those")
     else:
-        backbone = Backbone(PyramidTower(net, config["name"]), _plain(config))
+        pyramid = PyramidTower(net, config["name"])
+        backbone = Backbone(pyramid, _plain(config), pyramid.channels)
     backbone.loaded = loaded
     return backbone
 
@@ -153,7 +167,8 @@ def _on_vit(tower: ViTTower | ClipTower, dim: int, config: dict) -> Backbone:
     config = {"width": WIDTH} | config | {"blocks": tower.blocks}
     if config["width"] < 32 or config["width"] % 32:
         raise InputError(f"backbone got width {config['width']}; wanted a multiple of 32")
-    return Backbone(tower, _plain(config), ViTPyramid(dim, len(tower.blocks), config["width"]))
+    width = config["width"]
+    return Backbone(tower, _plain(config), (width,) * 4, ViTPyramid(dim, len(tower.blocks), width))
 
 
 def _blocks(config: dict, depth: int) -> list[int]:
@@ -165,17 +180,16 @@ def _blocks(config: dict, depth: int) -> list[int]:
     return blocks
 
 
-def _create_timm(name: str, weights: str | None) -> nn.Module:
+def _create_timm(name: str, weights: str | None) -> Any:
     """The network, with random weights or with those that timm itself fetches."""
     base = name.partition(".")[0]
     if not timm.is_model(base):
-        near = difflib.get_close_matches(base, timm.list_models(), n=3)
-        near = ", ".join(near) or "clip"
+        near = ", ".join(difflib.get_close_matches(base, timm.list_models(), n=3)) or "clip"
         raise InputError(f"no backbone is called {name!r}; did you mean {near}? (timm.list_models() has all)")
-    fetched = weights is not None and not _is_file(weights)
-    options: dict = {"features_only": True, "pretrained": fetched}
-    if fetched and weights != "timm":
-        options["pretrained_cfg_overlay"] = {"hf_hub_id": weights.removeprefix("hf-hub:")}
+    fetched = None if _is_file(weights) else weights
+    options: dict = {"features_only": True, "pretrained": fetched is not None}
+    if fetched is not None and fetched != "timm":
+        options["pretrained_cfg_overlay"] = {"hf_hub_id": fetched.removeprefix("hf-hub:")}
     pretrained_cfg = timm.get_pretrained_cfg(name)
     if pretrained_cfg is not None and pretrained_cfg.fixed_input_size:
         options["dynamic_img_size"] = True
@@ -190,7 +204,7 @@ def _create_timm(name: str, weights: str | None) -> nn.Module:
         raise InputError(f"cannot build backbone {name!r} with weights {weights!r}: {reason}") from error
 
 
-def _is_file(weights: str | None) -> bool:
+def _is_file(weights: str | None) -> TypeGuard[str]:
     return weights is not None and weights != "timm" and not weights.startswith("hf-hub:")
 
 

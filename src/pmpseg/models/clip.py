@@ -22,9 +22,6 @@ from ..errors import InputError
 from .hf import load_pretrained, opening, quiet
 from .prompts import Prompts
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
 CACHED_PHRASES = 100_000  # some 1.6 GB at 8 tokens a phrase and 512 numbers a token
 TEXTS_AT_ONCE = 256
 
@@ -126,15 +123,14 @@ class TextEncoder(nn.Module):
         pooled = torch.stack([p for _, p in entries] + [torch.zeros(self.dim)])
         length = torch.tensor([len(t) for t, _ in entries] + [0])
         token_valid = torch.arange(tokens.shape[1]) < length.unsqueeze(1)
-        tables = [table.to(self.device) for table in (tokens, token_valid, pooled)]
         index = index.to(self.device)
-        return Prompts(*(table[index] for table in tables), valid=index >= 0)
+        tokens, token_valid, pooled = (table.to(self.device)[index] for table in (tokens, token_valid, pooled))
+        return Prompts(tokens, token_valid, pooled, index >= 0)
 
     @torch.no_grad()
     def _entries(self, phrases: list[Phrase]) -> list[tuple[Tensor, Tensor]]:
         """tokens (T, D) and pooled (D,) of each phrase on the CPU, from the cache or encoded now."""
-        entries = {phrase: self._cache.get((self.templates, phrase)) for phrase in phrases}
-        new = [phrase for phrase, entry in entries.items() if entry is None]
+        new = [phrase for phrase in phrases if (self.templates, phrase) not in self._cache]
         texts = [template.replace("{}", s) for phrase in new for s in phrase for template in self.templates]
         encoded = self._encode(texts)
         for phrase in new:
@@ -142,10 +138,11 @@ class TextEncoder(nn.Module):
             rows = torch.stack([pooled for _, pooled in own])
             mean = (F.normalize(rows, dim=-1) if self.normalize else rows).mean(0)
             pooled = F.normalize(mean, dim=-1) if self.normalize else mean
-            entries[phrase] = self._cache[self.templates, phrase] = (own[0][0], pooled)
+            self._cache[self.templates, phrase] = (own[0][0], pooled)
+        entries = [self._cache[self.templates, phrase] for phrase in phrases]
         while len(self._cache) > CACHED_PHRASES:
             del self._cache[next(iter(self._cache))]  # the oldest
-        return list(entries.values())
+        return entries
 
     def _encode(self, texts: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
         """tokens (T, D) and pooled (D,) of each text on the CPU, not normalised."""
@@ -208,10 +205,10 @@ class TextEncoder(nn.Module):
             config.eos_token_id = self.model.text_model.eos_token_id = end
 
 
-def load_clip_vision(name: str | Path) -> tuple[CLIPVisionModel, tuple[float, ...], tuple[float, ...]]:
-    """The vision tower of a CLIP folder or hub id, in float32, and the mean and std its images want.
+def load_clip_vision(name: str | Path) -> tuple[CLIPVisionModel, dict[str, list[float]]]:
+    """The vision tower of a CLIP folder or hub id, in float32, and the mean and std that its images want.
 
-    Mean and std (3 numbers each) are those of the folder's image processor if it has one, else OpenAI's.
+    These are "mean" and "std" (3 numbers each) of the folder's image processor; {} if there is none.
     Raises InputError if there is no CLIP.
     """
     name = str(name)
@@ -225,5 +222,5 @@ def load_clip_vision(name: str | Path) -> tuple[CLIPVisionModel, tuple[float, ..
         try:
             processor = ImageProcessingMixin.get_image_processor_dict(name)[0]
         except OSError:
-            processor = {}
-    return model, tuple(processor.get("image_mean", CLIP_MEAN)), tuple(processor.get("image_std", CLIP_STD))
+            return model, {}
+    return model, {key: processor[f"image_{key}"] for key in ("mean", "std") if f"image_{key}" in processor}

@@ -2,16 +2,17 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 from transformers.utils import logging as hf_logging
 
 from ..errors import InputError
 
 
-def load_pretrained(kind: type, name: str, config: PretrainedConfig) -> PreTrainedModel:
+def load_pretrained(kind: Any, name: str, config: PretrainedConfig) -> Any:
     """`kind.from_pretrained`, in float32 whatever the file holds; weights that are not there are an error."""
     model, info = kind.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
     # Many sentence encoders come without BERT's pooler, which is not read here.

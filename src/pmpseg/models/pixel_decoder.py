@@ -3,6 +3,8 @@
 Source: the FPN of MaskFormer (arXiv 2107.06278, sec. 3.3; ``BasePixelDecoder``), feeding three levels as Mask2Former does.
 """
 
+from math import gcd
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -12,7 +14,7 @@ class FPN(nn.Module):
 
     def __init__(self, channels: list[int], dim: int) -> None:
         super().__init__()
-        groups = min(32, dim // 4)
+        groups = gcd(32, dim // 4)  # at least four channels in a group
         self.lateral = nn.ModuleList(
             nn.Sequential(nn.Conv2d(c, dim, 1, bias=False), nn.GroupNorm(groups, dim)) for c in channels
         )

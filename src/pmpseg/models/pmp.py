@@ -27,6 +27,7 @@ class PMP(nn.Module):
         backbone_mean, backbone_std: of images in [0, 1], where they differ from what the name was trained with.
         dim, num_queries, num_layers, num_heads, ffn_dim: of the decoders; Mask2Former has 256, 100, 9, 8, 2048.
         prompt_attention: ``pooled``, ``tokens``, or ``none`` for blind proposals.
+        pixel_head: also name every pixel in training, for an auxiliary loss.
     """
 
     def __init__(
@@ -44,13 +45,14 @@ class PMP(nn.Module):
         num_heads: int = 8,
         ffn_dim: int = 2048,
         prompt_attention: str = "pooled",
+        pixel_head: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = build_backbone(
             backbone, backbone_weights, backbone_config, mean=backbone_mean, std=backbone_std, frozen=backbone_frozen
         )
         self.pixel_decoder = FPN(list(self.backbone.channels), dim)
-        self.query_decoder = QueryDecoder(dim, text_dim, num_queries, num_layers, num_heads, ffn_dim, prompt_attention)
+        self.query_decoder = QueryDecoder(dim, text_dim, num_queries, num_layers, num_heads, ffn_dim, prompt_attention, pixel_head)
         #: The arguments that rebuild this network with no weights at hand, as plain JSON values.
         self.config = {
             "text_dim": text_dim,
@@ -63,6 +65,7 @@ class PMP(nn.Module):
             "num_heads": num_heads,
             "ffn_dim": ffn_dim,
             "prompt_attention": prompt_attention,
+            "pixel_head": pixel_head,
         }
 
     def forward(self, image: Tensor, prompts: Prompts | Tensor) -> Prediction:
@@ -77,10 +80,14 @@ class PMP(nn.Module):
         """The prompt-free part; ``image`` as in ``forward``."""
         if image.ndim != 4 or image.shape[1] != 3 or not image.is_floating_point():
             raise ValueError(f"image: got {image.dtype} {tuple(image.shape)}, want float (B, 3, H, W) with values in [0, 1]")
-        height, width = image.shape[-2:]
-        image = F.pad(image, (0, -width % STRIDE, 0, -height % STRIDE))
+        image = pad_to_stride(image.to(self.query_decoder.query.dtype))
         return Features(*self.pixel_decoder(self.backbone(image)))
 
     def decode(self, features: Features, prompts: Prompts | Tensor) -> Prediction:
         """The masks and names of all queries for these prompts."""
         return self.query_decoder(features, as_prompts(prompts, len(features.mask_features)))
+
+
+def pad_to_stride(maps: Tensor) -> Tensor:
+    """(..., H, W) with zeros (or False) added at the right and bottom, up to multiples of 32."""
+    return F.pad(maps, (0, -maps.shape[-1] % STRIDE, 0, -maps.shape[-2] % STRIDE))

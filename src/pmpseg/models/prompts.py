@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 
 class Prediction(NamedTuple):
@@ -20,11 +19,13 @@ class Prediction(NamedTuple):
     mask_logits: (B, Q, h, w), one mask a query, before the sigmoid.
     class_logits: (B, Q, K + 1), every query against every prompt; the last column is "no object".
     aux: (mask_logits, class_logits) of the earlier decoder layers, for deep supervision.
+    pixel_logits: (B, K, h, w), every pixel against every prompt, with no query between; for an auxiliary loss.
     """
 
     mask_logits: Tensor
     class_logits: Tensor
     aux: Sequence[tuple[Tensor, Tensor]] = ()
+    pixel_logits: Tensor | None = None
 
 
 @dataclass
@@ -77,27 +78,6 @@ class Prompts:
     def one_by_one(self) -> "Prompts":
         """(B, K) prompts as (B * K, 1): each alone, so that none can see another. Images vary slowest."""
         return Prompts(*(x.flatten(0, 1).unsqueeze(1) for x in self._tensors()))
-
-    def pad(self, prompts: int, tokens: int) -> "Prompts":
-        """Padded at the end to K = `prompts` and T = `tokens`; a smaller number leaves that size as it is."""
-        k = max(prompts - self.tokens.shape[1], 0)
-        t = max(tokens - self.tokens.shape[2], 0)
-        return Prompts(
-            F.pad(self.tokens, (0, 0, 0, t, 0, k)),
-            F.pad(self.token_valid, (0, t, 0, k)),
-            F.pad(self.pooled, (0, 0, 0, k)),
-            F.pad(self.valid, (0, k)),
-        )
-
-    @staticmethod
-    def stack(parts: Sequence["Prompts"]) -> "Prompts":
-        """Joins prompts of different images along B, padding K and T to the largest."""
-        if not parts:
-            raise ValueError("Prompts.stack got an empty list; wanted the prompts of at least one image")
-        k = max(part.tokens.shape[1] for part in parts)
-        t = max(part.tokens.shape[2] for part in parts)
-        columns = zip(*(part.pad(k, t)._tensors() for part in parts), strict=True)
-        return Prompts(*(torch.cat(column) for column in columns))
 
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.tokens, self.token_valid, self.pooled, self.valid

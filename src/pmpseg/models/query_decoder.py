@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pmpseg.errors import InputError
+
 from .prompts import Prediction, Prompts
 
 PROMPT_ATTENTION = ("none", "pooled", "tokens")
@@ -25,6 +27,10 @@ class Features(NamedTuple):
 
     mask_features: Tensor
     levels: list[Tensor]
+
+    def repeat(self, count: int) -> "Features":
+        """Each image ``count`` times in a row, for as many decodes in one batch."""
+        return Features(self.mask_features.repeat_interleave(count, 0), [x.repeat_interleave(count, 0) for x in self.levels])
 
 
 class QueryDecoder(nn.Module):
@@ -41,10 +47,13 @@ class QueryDecoder(nn.Module):
         num_heads: int = 8,
         ffn_dim: int = 2048,
         prompt_attention: str = "pooled",
+        pixel_head: bool = False,
     ) -> None:
         super().__init__()
+        if dim % 4 or dim % num_heads:
+            raise InputError(f"dim: got {dim}, want a multiple of 4 and of num_heads ({num_heads})")
         if prompt_attention not in PROMPT_ATTENTION:
-            raise ValueError(f"prompt_attention: got {prompt_attention!r}, want one of {', '.join(PROMPT_ATTENTION)}")
+            raise InputError(f"prompt_attention: got {prompt_attention!r}, want one of {', '.join(PROMPT_ATTENTION)}")
         self.prompt_attention = prompt_attention
         self.query = nn.Parameter(torch.randn(num_queries, dim) * 0.02)
         self.query_position = nn.Parameter(torch.randn(num_queries, dim) * 0.02)
@@ -60,6 +69,9 @@ class QueryDecoder(nn.Module):
         self.name_head = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, text_dim))
         self.no_object = nn.Parameter(torch.randn(text_dim) * text_dim**-0.5)
         self.log_scale = nn.Parameter(torch.tensor(math.log(20.0)))
+        # Names pixels directly. Only its loss is used: a backbone learns what things are faster than through matched queries.
+        self.pixel_head = nn.Conv2d(dim, text_dim, 1) if pixel_head else None
+        self.pixel_bias = nn.Parameter(torch.tensor(-2.0)) if pixel_head else None
 
     def forward(self, features: Features, prompts: Prompts) -> Prediction:
         batch = len(features.mask_features)
@@ -77,19 +89,20 @@ class QueryDecoder(nn.Module):
             query = layer(query, self.query_position, levels[at], positions[at], blocked, text, text_valid)
             outputs.append(self._predict(query, features.mask_features, names, prompts.valid))
         masks, classes = outputs[-1]
-        return Prediction(masks, classes, outputs[:-1])
+        return Prediction(masks, classes, outputs[:-1], self._name_pixels(features.mask_features, names[:, :-1]))
 
     def _prompt_tokens(self, prompts: Prompts) -> tuple[Tensor | None, Tensor | None]:
         """What queries read: (B, N, D) and which of it is real (B, N); the last one is "no prompt"."""
         if self.read_prompt is None:
             return None, None
+        pooled = F.normalize(prompts.pooled, dim=-1)
         if self.prompt_attention == "pooled":
-            text, valid = prompts.pooled, prompts.valid
+            text, valid = pooled, prompts.valid
         else:
             # Each word also carries its phrase, or the words of several prompts would be one bag.
-            text = (prompts.tokens + prompts.pooled[:, :, None]).flatten(1, 2)
+            text = (F.normalize(prompts.tokens, dim=-1) + pooled[:, :, None]).flatten(1, 2)
             valid = (prompts.token_valid & prompts.valid[..., None]).flatten(1)
-        batch = len(text)
+        batch, text = len(text), text * text.shape[-1] ** 0.5  # unit variance, or the projection's bias would drown it
         text = torch.cat([self.read_prompt(text), self.no_prompt.expand(batch, 1, -1)], 1)
         return text, F.pad(valid, (0, 1), value=True)
 
@@ -97,9 +110,16 @@ class QueryDecoder(nn.Module):
         query = self.norm(query)
         mask_logits = torch.einsum("bqd,bdhw->bqhw", self.mask_head(query), mask_features)
         embedding = F.normalize(self.name_head(query).float(), dim=-1)  # (B, Q, E)
-        scale = self.log_scale.clamp(max=math.log(100.0)).exp()
-        class_logits = scale * torch.einsum("bqe,bke->bqk", embedding, names)  # (B, Q, K + 1)
+        with torch.autocast(query.device.type, enabled=False):  # cosines times 100 need more than 8 bits
+            scale = self.log_scale.float().clamp(max=math.log(100.0)).exp()
+            class_logits = scale * torch.einsum("bqe,bke->bqk", embedding, names)  # (B, Q, K + 1)
         return mask_logits, class_logits.masked_fill(~F.pad(valid, (0, 1), value=True)[:, None], -1e4)
+
+    def _name_pixels(self, mask_features: Tensor, names: Tensor) -> Tensor | None:
+        """(B, K, h, w) logits in training; nobody reads them afterwards."""
+        if self.pixel_head is None or not self.training:
+            return None
+        return torch.einsum("bkc,bchw->bkhw", names, self.pixel_head(mask_features)) + self.pixel_bias
 
     @staticmethod
     def _blocked(mask_logits: Tensor, size: tuple[int, int]) -> Tensor:
@@ -146,8 +166,6 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"attention: dim {dim} is not a multiple of num_heads {num_heads}")
         self.num_heads = num_heads
         self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))
         for layer in (self.q, self.k, self.v):

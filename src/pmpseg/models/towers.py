@@ -4,6 +4,8 @@ A hierarchical timm network gives its four maps of strides 4, 8, 16, 32; a plain
 map (B, D, h, w) for each block that is read, all of the stride of their patches.
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionModel
@@ -14,9 +16,9 @@ STRIDES = (4, 8, 16, 32)
 
 
 class PyramidTower(nn.Module):
-    """A timm network that has maps of strides 4, 8, 16, 32 among its own."""
+    """A timm feature network that has maps of strides 4, 8, 16, 32 among its own."""
 
-    def __init__(self, net: nn.Module, name: str) -> None:
+    def __init__(self, net: Any, name: str) -> None:
         super().__init__()
         strides, channels = net.feature_info.reduction(), net.feature_info.channels()
         if not set(STRIDES) <= set(strides):
@@ -35,7 +37,7 @@ class PyramidTower(nn.Module):
 class ViTTower(nn.Module):
     """A plain timm ViT: the maps (B, D, h, w) after the chosen blocks."""
 
-    def __init__(self, net: nn.Module, blocks: list[int], patch: int) -> None:
+    def __init__(self, net: Any, blocks: list[int], patch: int) -> None:
         super().__init__()
         self.net = net
         self.blocks = blocks
@@ -54,10 +56,11 @@ class ClipTower(nn.Module):
         super().__init__()
         self.vision = vision
         self.blocks = blocks
-        self.patch: int = vision.config.patch_size
+        self.patch = vision.embeddings.patch_embedding.kernel_size[0]
         vision.encoder.layers = vision.encoder.layers[: max(blocks) + 1]
         vision.config.num_hidden_layers = len(vision.encoder.layers)
-        vision.post_layernorm = nn.Identity()  # reads only the class token, which nobody asks for
+        # It reads only the class token, which nobody asks for.
+        vision.post_layernorm = nn.Identity()  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> list[Tensor]:
         x = _fit(x, self.patch)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from PIL import Image
 
 from pmpseg.cli import whole_file
 from pmpseg.drawing import Row, panel
@@ -16,10 +17,14 @@ from pmpseg.segmenter import Segmenter
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """The best checkpoint by ``monitor`` and the last one, in the run's own ``checkpoints/``."""
+    """In the run's own ``checkpoints/``: ``best.ckpt`` by ``monitor``, or without one ``last.ckpt``, always the newest.
 
-    def __init__(self, monitor: str = "val/miou") -> None:
-        super().__init__(monitor=monitor, mode="max", filename="best", save_last=True, enable_version_counter=False)
+    Two of them, since Lightning's ``save_last`` writes the last one only when there is a new best one.
+    """
+
+    def __init__(self, monitor: str | None = "val/miou") -> None:
+        name = "best" if monitor else "last"
+        super().__init__(monitor=monitor, mode="max", filename=name, save_top_k=1, enable_version_counter=False)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.dirpath = os.path.join(trainer.default_root_dir, "checkpoints")
@@ -37,21 +42,26 @@ class PlainProgressBar(TQDMProgressBar):
 class RunRecord(Callback):
     """Writes into the run's folder: ``panels/step_N.png`` at each validation, then ``metrics.json`` and ``model/``.
 
-    ``data`` is how the data was chosen (class_path, init_args); it goes into the model's config for ``evaluate``.
-    ``model/`` holds the best checkpoint's weights, and the threshold that suits the validation split.
+    ``data`` is how the data was chosen (class_path, init_args); it goes into the model's config for ``evaluate``. ``encoders``
+    as in ``Segmenter.save``. ``model/`` holds the weights of the best validation by ``monitor``, and the threshold chosen there.
     """
 
-    def __init__(self, data: dict[str, Any] | None = None, pictures: int = 8) -> None:
-        self.data, self.pictures = data, pictures
+    def __init__(
+        self, data: dict[str, Any] | None = None, encoders: str = "copy", monitor: str = "val/miou", pictures: int = 8
+    ) -> None:
+        self.data, self.encoders, self.monitor, self.pictures = data, encoders, monitor, pictures
         self.history: list[dict[str, float]] = []
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or not trainer.is_global_zero:
+        if trainer.sanity_checking:
             return
-        self.history.append({"step": trainer.global_step, **numbers(pl_module.scores)})
-        self.threshold = best_threshold(pl_module.scores)
-        segmenter = self._segmenter(trainer, pl_module)
+        threshold = best_threshold(pl_module.scores)
+        chosen = {"threshold": pl_module.hparams.threshold if threshold is None else threshold}
+        self.history.append({"step": trainer.global_step, **numbers(pl_module.scores), **chosen})
+        if not trainer.is_global_zero:
+            return
         training = pl_module.training
+        segmenter = self._segmenter(trainer, pl_module, chosen["threshold"])
         rows = example_rows(segmenter, trainer.datamodule.dataset("val"), self.pictures)
         pl_module.train(training)
         folder = Path(trainer.default_root_dir) / "panels"
@@ -60,22 +70,22 @@ class RunRecord(Callback):
             panel(rows, segmenter.vocabulary.names).save(temporary, "PNG")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero or not self.history:
+        if not trainer.is_global_zero:
             return
-        root, best = Path(trainer.default_root_dir), trainer.checkpoint_callback.best_model_path
+        root, threshold = Path(trainer.default_root_dir), pl_module.hparams.threshold
+        best = next((c.best_model_path for c in trainer.checkpoint_callbacks if getattr(c, "monitor", None) == self.monitor), "")
         if best:
             state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
             pl_module.load_state_dict(state, strict=False)
-        monitor = trainer.checkpoint_callback.monitor.removeprefix("val/")
-        chosen = max(self.history, key=lambda scores: scores.get(monitor, 0.0))
-        report = {"best": chosen, "history": self.history}
-        with whole_file(root / "metrics.json") as temporary:
-            temporary.write_text(json.dumps(report, indent=1) + "\n")
-        self._segmenter(trainer, pl_module).save(root / "model")
+        if self.history:
+            chosen = max(self.history, key=lambda scores: scores.get(self.monitor.removeprefix("val/"), 0.0))
+            threshold = chosen["threshold"]
+            with whole_file(root / "metrics.json") as temporary:
+                temporary.write_text(json.dumps({"best": chosen, "history": self.history}, indent=1) + "\n")
+        self._segmenter(trainer, pl_module, threshold).save(root / "model", self.encoders)
 
-    def _segmenter(self, trainer: Trainer, module: LightningModule) -> Segmenter:
+    def _segmenter(self, trainer: Trainer, module: LightningModule, threshold: float) -> Segmenter:
         data = trainer.datamodule
-        threshold = module.hparams.threshold if self.threshold is None else self.threshold
         return Segmenter(module.network, module.text, data.vocabulary, data.image_size, threshold, self.data)
 
     def state_dict(self) -> dict[str, Any]:
@@ -86,20 +96,21 @@ class RunRecord(Callback):
 
 
 def example_rows(segmenter: Segmenter, dataset: Any, count: int) -> list[Row]:
-    """Rows to look at: for images spread over a data set a phrase each, of every kind in turn, or the whole class list."""
+    """Rows to look at, of images spread over a data set: the class list, or one phrase, every fourth with nothing to find."""
     rows: list[Row] = []
     for n in range(min(count, len(dataset))):
         item = dataset[n * len(dataset) // count]
-        image = item["image"].permute(1, 2, 0).numpy()
-        phrases = [k for k, text in enumerate(item["prompts"]) if text] if "prompt_masks" in item else []
-        if not phrases:
+        height, width = item["labels"].shape  # the image's own size, which the item's image may have lost
+        image = Image.fromarray(item["image"].permute(1, 2, 0).numpy()).resize((width, height), Image.Resampling.BILINEAR)
+        if "prompt_masks" not in item:
             names = segmenter.vocabulary.names
             rows.append(Row(image, item["name"], item["labels"].numpy(), segmenter.segment(image, names, together=True).labels))
             continue
-        k = phrases[n % len(phrases)]
-        truth = item["prompt_masks"][k].numpy()
-        mask = segmenter.segment(image, [item["prompts"][k]]).mask(0)
-        rows.append(Row(image, f"“{item['prompts'][k]}”", truth, mask, iou_caption(mask, truth)))
+        asked = [(p, m) for p, m in zip(item["prompts"], item["prompt_masks"].numpy(), strict=True) if p]
+        wanted = [(p, m) for p, m in asked if m.any() != (n % 4 == 3)] or asked
+        prompt, truth = wanted[n % len(wanted)]
+        mask = segmenter.segment(image, [prompt]).mask(0)
+        rows.append(Row(image, f"“{prompt}”", truth, mask, iou_caption(mask, truth)))
     return rows
 
 

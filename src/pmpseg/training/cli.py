@@ -19,7 +19,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -93,12 +93,29 @@ class PmpsegCLI(LightningCLI):
             raise InputError(f"--ckpt_path {wanted}: no such file; give a .ckpt file or 'last'")
         return Path(wanted)
 
+    def before_instantiate_classes(self) -> None:
+        """A logger that would write beside the run, as WandbLogger does, writes into its folder."""
+        for logger in self._loggers():
+            if logger.get("init_args") is not None and str(logger.init_args.get("save_dir", "")) == ".":
+                logger.init_args.save_dir = self.config.trainer.default_root_dir
+                Path(logger.init_args.save_dir).mkdir(parents=True, exist_ok=True)
+
+    def _loggers(self) -> list[Any]:
+        given = self.config.trainer.logger
+        return [one for one in (given if isinstance(given, list) else [given]) if hasattr(one, "class_path")]
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
             "--ckpt_path",
             type=str | None,
             default=None,
             help="Checkpoint to continue from; 'last': of the run's folder.",
+        )
+        parser.add_argument(
+            "--encoders",
+            type=Literal["copy", "reference"],
+            default="copy",
+            help="Put the frozen text encoder into the run's model/, or only its name and the hash of its weights.",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
@@ -167,10 +184,16 @@ class SaveConfig(SaveConfigCallback):
         path = Path(trainer.default_root_dir) / self.config_filename
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and path.read_text(encoding="utf-8") != text:
-            number = next(n for n in range(1, 10**6) if not path.with_suffix(f".{n}.yaml").exists())
-            path.rename(path.with_suffix(f".{number}.yaml"))
+            keep_numbered(path)
         with whole_file(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
+
+
+def keep_numbered(path: Path) -> None:
+    """Renames an earlier run's file.csv to file.1.csv, or the next free number."""
+    if path.exists():
+        numbered = (path.with_suffix(f".{n}{path.suffix}") for n in range(1, 10**6))
+        path.rename(next(other for other in numbered if not other.exists()))
 
 
 def _split(args: Sequence[str], schema: Schema) -> tuple[list[Path], Config, list[str]]:

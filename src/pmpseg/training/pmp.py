@@ -12,7 +12,7 @@ from pmpseg.evaluation import Evaluator, numbers, table
 from pmpseg.hub import shipped_or
 from pmpseg.losses import SetLoss
 from pmpseg.models.clip import TextEncoder
-from pmpseg.models.pmp import PMP
+from pmpseg.models.pmp import PMP, pad_to_stride
 
 
 class PMPModule(LightningModule):
@@ -25,7 +25,7 @@ class PMPModule(LightningModule):
         dim, num_queries, num_layers, num_heads, ffn_dim, prompt_attention: see ``models.pmp.PMP``.
         lr, backbone_lr_factor, weight_decay, warmup_steps: AdamW with a linear warm-up and a cosine to zero; the pretrained
             part of the backbone learns ``backbone_lr_factor`` times as fast.
-        class_weight, mask_weight, dice_weight, no_object_weight, num_points: see ``losses.SetLoss``.
+        class_weight, mask_weight, dice_weight, no_object_weight, num_points, pixel_weight: see ``losses.SetLoss``.
         threshold: of soft phrase masks, in validation; ``evaluate`` chooses one on the validation split.
     """
 
@@ -53,6 +53,7 @@ class PMPModule(LightningModule):
         dice_weight: float = 5.0,
         no_object_weight: float = 0.1,
         num_points: int = 1024,
+        pixel_weight: float = 0.0,
         threshold: float = 0.5,
     ) -> None:
         super().__init__()
@@ -71,8 +72,10 @@ class PMPModule(LightningModule):
             num_heads=num_heads,
             ffn_dim=ffn_dim,
             prompt_attention=prompt_attention,
+            pixel_head=pixel_weight > 0,
         )
-        self.loss = SetLoss(class_weight, mask_weight, dice_weight, no_object_weight, num_points)
+        self.network.to(memory_format=torch.channels_last)  # several times faster for depthwise convolutions on CPUs
+        self.loss = SetLoss(class_weight, mask_weight, dice_weight, no_object_weight, num_points, pixel_weight=pixel_weight)
         self.strict_loading = False  # checkpoints leave frozen weights out: they come from where they are named
 
     def setup(self, stage: str) -> None:
@@ -88,8 +91,9 @@ class PMPModule(LightningModule):
         prediction = self.network(batch["image"].float() / 255, prompts)
         present = prompts.valid & masks.flatten(2).any(-1)
         # Where prompts bring their own masks, what is outside is known not to be meant, labelled or not.
-        counted = None if "prompt_masks" in batch else batch["labels"] != IGNORE
-        losses = self.loss(prediction, masks, present, counted)
+        counted = torch.ones_like(masks[:, 0]) if "prompt_masks" in batch else batch["labels"] != IGNORE
+        # The network's masks cover the padded image.
+        losses = self.loss(prediction, pad_to_stride(masks), present, pad_to_stride(counted), prompts.valid)
         for name, value in losses.items():
             self.log(f"train/{name}", value.detach(), prog_bar=name == "loss", batch_size=len(masks))
         return losses["loss"]
