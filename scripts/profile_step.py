@@ -7,7 +7,8 @@ CPU seconds (of all threads) move less on a busy machine than wall time does; th
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,12 +28,12 @@ class Clock:
     def __init__(self) -> None:
         self.best: dict[str, float] = {}
 
-    def __call__(self, name: str, work: Callable[[], Any]) -> Any:
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
         start = time.process_time()
-        result = work()
+        yield
         spent = time.process_time() - start
         self.best[name] = min(spent, self.best.get(name, spent))
-        return result
 
     def report(self, title: str, per: int) -> None:
         total = sum(self.best.values())
@@ -47,20 +48,26 @@ def training(module: PMPModule, data: Any, repeat: int) -> None:
     network = module.network.train()
     optimizer = torch.optim.AdamW(p for p in network.parameters() if p.requires_grad)
     for _ in range(repeat):
-        clock("data (in a worker)", lambda: [dataset[1, i] for i in range(data.batch_size)])
+        with clock("data (in a worker)"):
+            for index in range(data.batch_size):
+                dataset[1, index]
         batch = next(loader)
-        prompts = clock("text (cached later)", lambda: module.text.encode_batch(batch["prompts"]))
-        maps = clock("backbone", lambda: network.backbone(batch["image"].float() / 255))
-        features = clock("pixel decoder", lambda: Features(*network.pixel_decoder(maps)))
-        prediction = clock("query decoder", lambda: network.decode(features, prompts))
-
-        def loss() -> torch.Tensor:
+        with clock("text (cached later)"):
+            prompts = module.text.encode_batch(batch["prompts"])
+        with clock("backbone"):
+            maps = network.backbone(batch["image"].float() / 255)
+        with clock("pixel decoder"):
+            features = Features(*network.pixel_decoder(maps))
+        with clock("query decoder"):
+            prediction = network.decode(features, prompts)
+        with clock("matching and loss"):
             masks = prompt_targets(batch)
-            return module.loss(prediction, masks, prompts.valid & masks.flatten(2).any(-1))["loss"]
-
-        value = clock("matching and loss", loss)
-        clock("backward", value.backward)
-        clock("optimizer", lambda: (optimizer.step(), optimizer.zero_grad()))
+            loss = module.loss(prediction, masks, prompts.valid & masks.flatten(2).any(-1))["loss"]
+        with clock("backward"):
+            loss.backward()
+        with clock("optimizer"):
+            optimizer.step()
+            optimizer.zero_grad()
     clock.report(f"training step of {data.batch_size}", data.batch_size)
 
 
@@ -68,16 +75,21 @@ def training(module: PMPModule, data: Any, repeat: int) -> None:
 def prediction(module: PMPModule, data: Any, repeat: int) -> None:
     clock, network = Clock(), module.network.eval()
     item = data.dataset("val")[0]
-    image, prompts = pad_to_stride(item["image"][None].float() / 255), [p for p in item["prompts"] if p] or list(data.vocabulary.names)
+    image = pad_to_stride(item["image"][None].float() / 255)
+    prompts = [p for p in item["prompts"] if p] or list(data.vocabulary.names)
     for _ in range(repeat):
         module.text._cache.clear()
-        encoded = clock(f"text, {len(prompts)} prompts", lambda: module.text.encode(prompts))
-        maps = clock("backbone", lambda: network.backbone(image))
-        features = clock("pixel decoder", lambda: Features(*network.pixel_decoder(maps)))
-        soft, _ = clock(f"decoder, {len(prompts)} times", lambda: ask_one_by_one(network, features, encoded))
-        clock("masks at image size", lambda: upsample(soft, tuple(image.shape[-2:])) > 0.5)
+        with clock(f"text, {len(prompts)} prompts"):
+            encoded = module.text.encode(prompts)
+        with clock("backbone"):
+            maps = network.backbone(image)
+        with clock("pixel decoder"):
+            features = Features(*network.pixel_decoder(maps))
+        with clock(f"decoder, {len(prompts)} times"):
+            soft, _ = ask_one_by_one(network, features, encoded)
+        with clock("masks at image size"):
+            upsample(soft, tuple(image.shape[-2:])).gt(0.5)
     clock.report("prediction of one image, prompts one by one", 1)
-
 
 
 def main() -> None:

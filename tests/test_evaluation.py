@@ -107,12 +107,13 @@ def test_a_class_list_is_decoded_once(network, monkeypatch):
 
 def test_some_of_the_classes_are_asked_one_by_one(network):
     """As ``segment`` asks them: the answers do not depend on what else is asked."""
-    text, scores = Words(), []
-    for prompts in (["x", "", ""], ["x", "y", ""]):
+    text, scores, whole = Words(), [], batch()
+    whole["prompt_masks"][:, 1] = False
+    for n in (1, 2):
         scored = evaluator(threshold=0.05)
-        asked = batch() | {"prompts": [prompts] * 3, "prompt_class": torch.tensor([[0, 1, -1]] * 3)}
-        asked["prompt_masks"][:, 1] = False
-        scored.update(network, text, asked)
+        asked = {"prompts": [["x", "y"][:n]] * 3, "prompt_class": torch.arange(n).repeat(3, 1)}
+        asked |= {"prompt_masks": whole["prompt_masks"][:, :n], "phrase_kind": [["thing"] * n] * 3}
+        scored.update(network, text, whole | asked)
         scores.append(scored.compute()["phrase_iou"])
     assert scores[0] == pytest.approx(scores[1], abs=1e-6)
 
@@ -142,8 +143,8 @@ def test_data_without_phrases(network):
 
 
 def test_the_threshold_balances_present_and_absent():
-    curve = {"threshold": torch.tensor([0.1, 0.5, 0.9]), "iou": torch.tensor([0.8, 0.7, 0.1]), "absent_accuracy": torch.tensor([0.0, 0.5, 0.9])}
-    assert best_threshold({"phrase_curve": curve}) == 0.5
+    curve = {"threshold": [0.1, 0.5, 0.9], "iou": [0.8, 0.7, 0.1], "absent_accuracy": [0.0, 0.5, 0.9]}
+    assert best_threshold({"phrase_curve": {name: torch.tensor(values) for name, values in curve.items()}}) == 0.5
 
 
 def test_the_table_shows_absent_and_unseen_classes():
@@ -165,9 +166,8 @@ def command(network, tmp_path, monkeypatch):
     spec = {"class_path": "pmpseg.data.Scenes", "init_args": {}}
     cpu = torch.device("cpu")
     model = SimpleNamespace(network=network, text=Words(), threshold=0.25, device=cpu, data=spec)
-    data = SimpleNamespace(
-        vocabulary=Vocabulary.of(["x", "y", "z", "never"], unseen=[2]), phrase_kinds=("thing", "part", "seen", "word"), test_dataloader=lambda: [batch()]
-    )
+    vocabulary, kinds = Vocabulary.of(["x", "y", "z", "never"], unseen=[2]), ("thing", "part", "seen", "word")
+    data = SimpleNamespace(vocabulary=vocabulary, phrase_kinds=kinds, test_dataloader=lambda: [batch()])
     monkeypatch.setattr(segmenter.Segmenter, "load", lambda folder, device: model)
     monkeypatch.setattr(evaluate, "build_data", lambda spec: data)
     monkeypatch.chdir(tmp_path)
@@ -216,7 +216,7 @@ def test_evaluate_refuses_before_it_works(command, monkeypatch, args, message):
 
 def test_a_model_chooses_no_code_outside_of_pmpseg(command):
     command.model.data = {"class_path": "os.path.Data"}
-    with pytest.raises(InputError, match=r"was trained with os\.path\.Data, no class of pmpseg; give a config that you trust with -c"):
+    with pytest.raises(InputError, match=r"trained with os\.path\.Data, no class of pmpseg; give a config that you trust"):
         command()
 
 

@@ -84,7 +84,7 @@ def test_evaluate_on_the_data_of_a_config(run, tmp_path, capsys):
     config.write_text("data:\n  class_path: pmpseg.data.Scenes\n  init_args: {test_length: 3, num_workers: 0}\n")
     scores = evaluate.main([str(run / "model"), "-c", str(config), "--out", str(tmp_path / "scores.json")])
     saved = json.loads((tmp_path / "scores.json").read_text())
-    assert saved["data"]["init_args"]["test_length"] == 3 and saved["miou"] == scores["miou"]
+    assert saved["data"]["init_args"]["test_length"] == 3 and saved["miou"] == pytest.approx(scores["miou"], abs=1e-5)
     config.write_text("data:\n  class_path: pmpseg.data.Scenes\n  init_args: {test_lenght: 3}\n")
     with pytest.raises(InputError, match="test_length"):
         evaluate.main([str(run / "model"), "-c", str(config)])

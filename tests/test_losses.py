@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pmpseg.losses import SetLoss, dice_loss, sample
+from pmpseg.inference import upsample
+from pmpseg.losses import SetLoss, dice_loss, pixel_loss, sample
+from pmpseg.models.pmp import pad_to_stride
 from pmpseg.models.prompts import Prediction
 
 
@@ -14,7 +16,8 @@ def small(batch=2, queries=4, prompts=3, size=8, layers=1, seed=0):
     g = torch.Generator().manual_seed(seed)
     masks = torch.rand(batch, prompts, size, size, generator=g) > 0.6
     present = masks.flatten(2).any(-1)
-    outputs = [(torch.randn(batch, queries, size, size, generator=g), torch.randn(batch, queries, prompts + 1, generator=g)) for _ in range(layers)]
+    shapes = (batch, queries, size, size), (batch, queries, prompts + 1)
+    outputs = [tuple(torch.randn(*shape, generator=g) for shape in shapes) for _ in range(layers)]
     return Prediction(*outputs[-1], outputs[:-1]), masks, present
 
 
@@ -22,7 +25,7 @@ def test_the_matching_is_the_cheapest_of_all():
     prediction, masks, present = small(batch=1, queries=3, prompts=2)
     loss = SetLoss(num_points=4096)
     torch.manual_seed(0)
-    row, query, prompt = loss.match(*prediction[:2], masks.float(), present, torch.ones(1, 1, 8, 8))
+    _, query, prompt = loss.match(*prediction[:2], masks.float(), present, torch.ones(1, 1, 8, 8))
     found = dict(zip(prompt.tolist(), query.tolist(), strict=True))
 
     def cost(q: int, k: int) -> float:
@@ -67,7 +70,8 @@ def test_padding_prompts_change_nothing():
     prediction, masks, present = small()
     torch.manual_seed(0)
     a = SetLoss(num_points=256)(prediction, masks, present)
-    padded_logits = torch.cat([prediction.class_logits[..., :3], torch.full((2, 4, 2), -1e4), prediction.class_logits[..., 3:]], -1)
+    logits = prediction.class_logits
+    padded_logits = torch.cat([logits[..., :3], torch.full((2, 4, 2), -1e4), logits[..., 3:]], -1)
     padded_masks = F.pad(masks, (0, 0, 0, 0, 0, 2))
     torch.manual_seed(0)
     b = SetLoss(num_points=256)(Prediction(prediction.mask_logits, padded_logits), padded_masks, F.pad(present, (0, 2)))
@@ -128,3 +132,30 @@ def test_shapes_must_fit():
     prediction, masks, present = small()
     with pytest.raises(ValueError, match=r"masks: got \(2, 3"):
         SetLoss()(prediction, masks, present[:, :2])
+
+
+def test_pixels_named_directly_by_hand():
+    logits = torch.zeros(1, 2, 2, 2)
+    masks = torch.zeros(1, 2, 4, 4)
+    masks[0, 0, :2] = 1.0
+    known, valid = torch.ones(1, 1, 4, 4), torch.tensor([[True, False]])
+    assert torch.isclose(pixel_loss(logits, masks, known, valid), torch.tensor(2.0).log())  # the padding prompt counts nothing
+    logits[0, 0, 0], logits[0, 0, 1] = 50.0, -50.0
+    assert pixel_loss(logits, masks, known, valid) < 1e-6
+    logits[0, 0, 1] = 50.0  # wrong below, but only where nothing is known
+    known[:, :, 2:] = 0
+    assert pixel_loss(logits, masks, known, valid) < 1e-6
+
+
+def test_targets_of_a_padded_image_lie_where_its_logits_do():
+    masks = torch.zeros(1, 1, 144, 100, dtype=torch.bool)
+    masks[..., 60:110, 30:80] = True
+    padded = pad_to_stride(masks)
+    assert padded.shape[-2:] == (160, 128)
+    perfect = F.interpolate(padded.float(), scale_factor=0.25, mode="area") * 20 - 10
+    assert ((upsample(perfect, (144, 100)) > 0) == masks).float().mean() > 0.99
+    names = torch.tensor([[[50.0, -50.0]]])
+    loss = SetLoss(num_points=2000, importance=0.0)
+    good = loss(Prediction(perfect, names), padded, torch.ones(1, 1, dtype=torch.bool))["loss"]
+    askew = loss(Prediction(perfect, names), masks, torch.ones(1, 1, dtype=torch.bool))["loss"]
+    assert good < 0.3 < 10 * good < askew

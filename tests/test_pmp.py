@@ -102,9 +102,10 @@ def test_a_plain_tensor_is_a_list_of_pooled_prompts():
 
 @pytest.mark.parametrize("prompt_attention", PROMPT_ATTENTION)
 def test_every_parameter_learns_in_one_step(prompt_attention):
-    network = build(prompt_attention).train()
+    torch.manual_seed(0)
+    network = PMP(**TINY, prompt_attention=prompt_attention, pixel_head=True).train()
     masks = torch.rand(2, 4, 64, 96) > 0.5
-    SetLoss(num_points=64)(network(IMAGE, prompts_of()), masks, masks.flatten(2).any(-1))["loss"].backward()
+    SetLoss(num_points=64, pixel_weight=1.0)(network(IMAGE, prompts_of()), masks, masks.flatten(2).any(-1))["loss"].backward()
     idle = [n for n, p in network.named_parameters() if p.requires_grad and (p.grad is None or not torch.isfinite(p.grad).all())]
     assert idle == []
 
@@ -141,7 +142,8 @@ def test_chunks_of_classes_do_not_change_labels():
     found = network(IMAGE, prompts)
     whole = semantic_labels(found, (64, 96), chunk=100)
     assert torch.equal(whole, semantic_labels(found, (64, 96), chunk=3))
-    scores = torch.einsum("bqk,bqhw->bkhw", found.class_logits.softmax(-1)[..., :-1], upsample(found.mask_logits, (64, 96)).sigmoid())
+    masks = upsample(found.mask_logits, (64, 96)).sigmoid()
+    scores = torch.einsum("bqk,bqhw->bkhw", found.class_logits.softmax(-1)[..., :-1], masks)
     assert torch.equal(whole, scores.argmax(1))
 
 

@@ -1,14 +1,27 @@
 """The embedded data: deterministic, honest about what is held out, and phrases that mean what they say."""
 
 import re
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
-from pmpseg.data.scene_drawing import KINDS, SHAPES, STUFF, UNSEEN_COMBINATIONS, UNSEEN_SHAPES, UNSEEN_STUFF, Scene, Thing, draw_scene
+from pmpseg.data.scene_drawing import (
+    KINDS,
+    SHAPES,
+    STUFF,
+    UNSEEN_COMBINATIONS,
+    UNSEEN_SHAPES,
+    UNSEEN_STUFF,
+    Scene,
+    Thing,
+    draw_scene,
+)
 from pmpseg.data.scene_phrases import PHRASE_KINDS, Description, Phrase, absent_phrase, present_phrase
 from pmpseg.data.scenes import CLASS_GROUP, CLASSES, Scenes, label_map
+
+RED, CIRCLE, SQUARE = Description(colour="red"), Description(shape="circle"), Description(shape="square")
 
 
 def scene_of(*things: Thing, ground: tuple[str, ...] = ()) -> Scene:
@@ -43,9 +56,9 @@ SCENE = scene_of(
         (Phrase("group", Description(colour="red")), "everything red", [0, 2, 3]),
         (Phrase("group", Description(shape="circle"), count=2), "the two circles", [0, 1]),
         (Phrase("group", Description(shape="cross"), count=2), "the two crosses", []),
-        (Phrase("relation", Description(shape="circle"), relation="left of", reference=Description(shape="square")), "the circle left of the square", [0]),
-        (Phrase("relation", Description(shape="circle"), relation="right of", reference=Description(shape="square")), "the circle right of the square", [1]),
-        (Phrase("relation", Description(colour="red"), relation="above", reference=Description(shape="square")), "the red above the square", [3]),
+        (Phrase("relation", CIRCLE, relation="left of", reference=SQUARE), "the circle left of the square", [0]),
+        (Phrase("relation", CIRCLE, relation="right of", reference=SQUARE), "the circle right of the square", [1]),
+        (Phrase("relation", RED, relation="above", reference=SQUARE), "the red above the square", [3]),
         (Phrase("relation", Description(shape="circle"), stuff="sand"), "the circle on the sand", [1]),
         (Phrase("attributes", Description("large", "plain", "red", "cross")), "large plain red cross", [3]),
     ],
@@ -93,7 +106,7 @@ def test_epochs_show_new_scenes():
 
 def _held_out(text: str) -> bool:
     words = text.split()
-    pairs = {(c, s) for c, s in zip(words, words[1:], strict=False)}
+    pairs = set(pairwise(words))
     pairs |= {(c, s.removesuffix("s").removesuffix("e")) for c, s in pairs} | {(c, s.removesuffix("s")) for c, s in pairs}
     singular = {w.removesuffix("s") for w in words}
     return bool(pairs & UNSEEN_COMBINATIONS or singular & set(UNSEEN_SHAPES) or set(words) & set(UNSEEN_STUFF))
@@ -133,9 +146,8 @@ def test_present_phrases_have_the_distractors_that_they_promise():
             if kind == "group":
                 assert len(phrase.things(scene)) < len(scene.things)
             if kind == "attributes":  # leaving one attribute out, some other thing would do as well
-                wider = [
-                    Description(**{**phrase.target.__dict__, a: None}) for a in ("size", "pattern", "colour", "shape") if getattr(phrase.target, a)
-                ]
+                named = [a for a in ("size", "pattern", "colour", "shape") if getattr(phrase.target, a)]
+                wider = [Description(**{**phrase.target.__dict__, a: None}) for a in named]
                 assert any(sum(map(d.fits, scene.things)) > sum(map(phrase.target.fits, scene.things)) for d in wider)
     assert min(counts.values()) > 30, counts
 

@@ -65,7 +65,8 @@ def test_every_kind_of_image_is_the_same_image(segmenter, tmp_path):
     array = noise(40, 50)
     picture = Image.fromarray(array)
     picture.save(tmp_path / "a.png")
-    answers = [segmenter.segment(x, ["grass"]).probability(0) for x in (array, array / 255.0, picture, str(tmp_path / "a.png"), tmp_path / "a.png")]
+    images = (array, array / 255.0, picture, str(tmp_path / "a.png"), tmp_path / "a.png")
+    answers = [segmenter.segment(x, ["grass"]).probability(0) for x in images]
     for other in answers[1:]:
         assert np.allclose(answers[0], other, atol=1e-6)
 
@@ -113,7 +114,8 @@ def test_masks_of_prompts_asked_together_are_the_labels(segmenter, monkeypatch):
     assert len(calls) == 1
     masks = np.stack([answer.mask(i) for i in range(3)])
     assert (masks.sum(0) == 1).all() and np.array_equal(masks.argmax(0), answer.labels)
-    assert np.array_equal(answer.mask(-1), masks[2]) and [found["area"] for found in answer.to_coco()] == masks.sum((1, 2)).tolist()
+    assert np.array_equal(answer.mask(-1), masks[2])
+    assert [found["area"] for found in answer.to_coco()] == masks.sum((1, 2)).tolist()
 
 
 def test_the_name_of_a_class_stands_for_its_synonyms(clip, segmenter):

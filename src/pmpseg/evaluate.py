@@ -29,7 +29,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, float]:
         help="how an image's phrases are asked: each alone (default), all with absent ones, or only those that are there, which "
         "leaks the truth; prompts that are the whole class list are asked together in any mode",
     )
-    parser.add_argument("--threshold", type=float, help="of soft masks, from 0 to below 1; default: the model's own, chosen on its validation split")
+    parser.add_argument("--threshold", type=float, help="of soft masks, from 0 to below 1; default: the model's own")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is one")
     parser.add_argument("--out", type=Path, help="JSON file; default: metrics_SPLIT.json beside the model folder")
     options = parser.parse_args(args)
@@ -57,7 +57,9 @@ def main(args: Sequence[str] | None = None) -> dict[str, float]:
     return numbers(scores)
 
 
-def evaluate(segmenter: Any, data: Any, split: str = "test", threshold: float | None = None, phrase_mode: str = "alone") -> dict[str, Any]:
+def evaluate(
+    segmenter: Any, data: Any, split: str = "test", threshold: float | None = None, phrase_mode: str = "alone"
+) -> dict[str, Any]:
     """All scores (see ``Evaluator.compute``) of a ``Segmenter`` on one split of a data module."""
     from tqdm import tqdm
 
@@ -74,11 +76,12 @@ def evaluate(segmenter: Any, data: Any, split: str = "test", threshold: float | 
 
 
 def own_data(spec: dict[str, Any] | None, model: str) -> dict[str, Any]:
-    """The data that a model's config.json names. A downloaded file must not choose what is imported: only pmpseg's own classes."""
+    """The data that a model's config.json names: only classes of pmpseg, since a downloaded file must not choose what is run."""
     if not spec:
         raise InputError(f"{model} does not say what data it was trained with; give a config with -c")
-    if not str(spec.get("class_path")).startswith("pmpseg."):
-        raise InputError(f"{model} was trained with {spec.get('class_path')}, no class of pmpseg; give a config that you trust with -c")
+    path = spec.get("class_path")
+    if not str(path).startswith("pmpseg."):
+        raise InputError(f"{model} was trained with {path}, no class of pmpseg; give a config that you trust with -c")
     return spec
 
 

@@ -84,7 +84,7 @@ class Evaluator(nn.Module):
         by_class = self.classes.compute()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*was called before the ``update``")  # data, or a rank, without phrases
-            by_phrase = dict(self.phrases.compute())  # a copy: torchmetrics keeps what it returned
+            by_phrase: dict[str, Any] = dict(self.phrases.compute())  # a copy: torchmetrics keeps what it returned
         scores: dict[str, Any] = {k: float(v) for k, v in by_class.items() if k != "iou" and not math.isnan(v)}
         scores["iou"] = by_class["iou"].cpu()
         if not math.isnan(by_phrase["iou_with_absent"]):  # some rank had a phrase
@@ -127,22 +127,31 @@ def best_threshold(scores: dict[str, Any]) -> float | None:
     return round(float(curve["threshold"][both.argmax()]), 4)
 
 
-def table(scores: dict[str, Any], vocabulary: Vocabulary, columns: int = 4) -> str:
-    """IoU by class in columns ("-" where a class is absent), then every single number, in percent."""
-    width = max(len(n) for n in vocabulary.names) + 2
-    values = scores["iou"].reshape(-1).tolist()
+def table(scores: dict[str, Any], vocabulary: Vocabulary) -> str:
+    """IoU by class ("-" where a class is absent), phrase IoU by kind and group, then every other number; all in percent."""
     unseen = set(vocabulary.unseen)
-    cells = [
-        f"{name + ('*' if i in unseen else ''):<{width}}{'-' if math.isnan(v) else f'{100 * v:.1f}':>5}"
-        for i, (name, v) in enumerate(zip(vocabulary.names, values, strict=True))
-    ]
-    columns = max(1, min(columns, 118 // (width + 8)))
-    rows = -(-len(cells) // columns)
-    lines = ["   ".join(cells[row::rows]) for row in range(rows)]
+    names = [name + "*" * (i in unseen) for i, name in enumerate(vocabulary.names)]
+    lines = _in_columns(dict(zip(names, scores["iou"].reshape(-1).tolist(), strict=True)), 4)
     if unseen:
         lines.append("(* held out of training)")
-    names = numbers(scores)
-    width = max(map(len, names)) + 2
-    pairs = [f"{name:<{width}}{100 * value:>5.1f}" for name, value in names.items()]
-    rows = -(-len(pairs) // 3)
-    return "\n".join([*lines, "", *("   ".join(pairs[row::rows]) for row in range(rows))])
+    others = numbers(scores)
+    crossed = {k: k.removeprefix("phrase_iou_").split("_") for k in others}
+    crossed = {k: words for k, words in crossed.items() if len(words) == 2 and all(f"phrase_iou_{w}" in others for w in words)}
+    if crossed:
+        columns = list(dict.fromkeys(words[1] for words in crossed.values()))
+        lines += ["", f"{'phrase IoU':12}" + "".join(f"{c:>14}" for c in columns)]
+        for kind in dict.fromkeys(words[0] for words in crossed.values()):
+            row = [others.get(f"phrase_iou_{kind}_{c}", math.nan) for c in columns]
+            lines.append(f"{kind:12}" + "".join(f"{_percent(v):>14}" for v in row))
+    return "\n".join([*lines, "", *_in_columns({k: v for k, v in others.items() if k not in crossed}, 3)])
+
+
+def _in_columns(values: dict[str, float], columns: int) -> list[str]:
+    width = max(map(len, values)) + 2
+    cells = [f"{name:<{width}}{_percent(value):>5}" for name, value in values.items()]
+    rows = -(-len(cells) // max(1, min(columns, 118 // (width + 8))))
+    return ["   ".join(cells[row::rows]) for row in range(rows)]
+
+
+def _percent(value: float) -> str:
+    return "-" if math.isnan(value) else f"{100 * value:.1f}"

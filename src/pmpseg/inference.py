@@ -36,8 +36,8 @@ def upsample(maps: Tensor, image_size: Size, size: Size | None = None) -> Tensor
 def semantic_labels(prediction: Prediction, image_size: Size, size: Size | None = None, chunk: int = 64) -> Tensor:
     """The best prompt of a class list for every pixel -> (B, *size) int64 in 0..K-1.
 
-    Mask2Former's rule: score of class k = sum over queries of p(k | query) * sigmoid(mask); p is a softmax over the whole list and
-    "no object". Classes are visited ``chunk`` at a time, so a (K, H, W) product never exists; the result does not depend on it.
+    Mask2Former's rule: score of class k = sum over queries of p(k | query) * sigmoid(mask); p is a softmax over the whole list
+    and "no object". Classes are visited ``chunk`` at a time, which changes nothing but that a (K, H, W) product never exists.
     """
     probabilities = prediction.class_logits.softmax(-1)[..., :-1]  # (B, Q, K)
     masks = upsample(prediction.mask_logits, image_size, size).sigmoid()

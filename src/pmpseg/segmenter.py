@@ -75,7 +75,7 @@ class Segmentation:
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """(H, W) int64: the prompt that each pixel belongs to most, or -1 for none of them (never so of prompts asked together)."""
+        """(H, W) int64: the prompt that each pixel belongs to most, or -1 for none of them (not of prompts asked together)."""
         if self.class_labels is not None:
             return self.class_labels
         labels = np.full(self.size, NOTHING)
@@ -159,12 +159,12 @@ class Segmenter:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         encoded = self.text.encode(with_synonyms(prompts, self.vocabulary))
         tensor = self._working_image(picture).to(self.device)
-        image_size = tuple(tensor.shape[-2:])
+        image_size, size = (tensor.shape[-2], tensor.shape[-1]), (picture.height, picture.width)
         features = self.network.encode(tensor)
         labels = None
         if together:
             prediction = self.network.decode(features, encoded)
-            labels = semantic_labels(prediction, image_size, (picture.height, picture.width))[0].cpu().numpy()
+            labels = semantic_labels(prediction, image_size, size)[0].cpu().numpy()
             soft, scores = soft_masks(prediction)
         else:
             soft, scores = ask_one_by_one(self.network, features, encoded)
@@ -174,8 +174,8 @@ class Segmenter:
     def _working_image(self, image: Image.Image) -> Tensor:
         """(1, 3, h, w) in [0, 1] with the short side at ``image_size`` and the long one at most ``MAX_ASPECT`` times that."""
         scale = self.image_size / min(image.size)
-        size = tuple(min(round(s * scale), MAX_ASPECT * self.image_size) for s in image.size)
-        resized = image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
+        width, height = (min(round(s * scale), MAX_ASPECT * self.image_size) for s in image.size)
+        resized = image if (width, height) == image.size else image.resize((width, height), Image.Resampling.BILINEAR)
         return torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None].float() / 255
 
     # ---- files
@@ -191,7 +191,7 @@ class Segmenter:
         folder = Path(folder)
         check_free(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        config = {
+        config: dict[str, Any] = {
             "format": FORMAT,
             "architecture": type(self.network).__name__,
             "network": self.network.config,
@@ -253,7 +253,8 @@ def _reference(name: str, module: nn.Module) -> dict[str, str]:
 
 def _check_reference(what: str, reference: dict[str, str], module: nn.Module) -> None:
     if weights_hash(module) != reference["sha256"]:
-        raise InputError(f"{what} {reference['name']}: its weights are not those that the model was trained with (SHA-256 differs)")
+        name = reference["name"]
+        raise InputError(f"{what} {name}: its weights are not those that the model was trained with (SHA-256 differs)")
 
 
 def _load_text(folder: Path, config: dict[str, Any]) -> TextEncoder:
@@ -273,9 +274,11 @@ def _load_weights(network: nn.Module, path: Path, without: str | None) -> None:
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a whole safetensors file ({error}); copy or save the model again") from None
     wanted = {k: v for k, v in network.state_dict().items() if without is None or not k.startswith(without)}
-    wrong = [k for k in sorted(set(wanted) | set(state)) if k not in state or k not in wanted or state[k].shape != wanted[k].shape]
+    both = wanted.keys() & state.keys()
+    wrong = sorted((wanted.keys() ^ state.keys()) | {k for k in both if state[k].shape != wanted[k].shape})
     if wrong:
-        raise InputError(f"{path}: {len(wrong)} of {len(wanted)} weights do not fit the network in config.json, first {wrong[0]!r}")
+        count = f"{len(wrong)} of {len(wanted)}"
+        raise InputError(f"{path}: {count} weights do not fit the network in config.json, first {wrong[0]!r}")
     broken = [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]
     if broken:
         raise InputError(f"{path}: {broken[0]!r} holds NaN or infinity; this training went wrong, use an earlier checkpoint")

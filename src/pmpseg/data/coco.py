@@ -1,7 +1,7 @@
 """COCO's polygons as masks. (Its run lengths are in ``pmpseg.rle``.)
 
-Source: the format of Lin et al., "Microsoft COCO", 2014, and its API. A polygon is a flat list x0, y0, x1, y1, ... in continuous
-coordinates: pixel (row, column) is the square [column, column + 1] x [row, row + 1].
+Source: the format of Lin et al., "Microsoft COCO", 2014, and its API. A polygon is a flat list x0, y0, x1, y1,
+... in continuous coordinates: pixel (row, column) is the square [column, column + 1] x [row, row + 1].
 """
 
 import numpy as np

@@ -124,7 +124,7 @@ class TextEncoder(nn.Module):
         length = torch.tensor([len(t) for t, _ in entries] + [0])
         token_valid = torch.arange(tokens.shape[1]) < length.unsqueeze(1)
         index = index.to(self.device)
-        tokens, token_valid, pooled = (table.to(self.device)[index] for table in (tokens, token_valid, pooled))
+        tokens, token_valid, pooled = (x.to(self.device)[index] for x in (tokens, token_valid, pooled))
         return Prompts(tokens, token_valid, pooled, index >= 0)
 
     @torch.no_grad()

@@ -19,7 +19,7 @@ class Prediction(NamedTuple):
     mask_logits: (B, Q, h, w), one mask a query, before the sigmoid.
     class_logits: (B, Q, K + 1), every query against every prompt; the last column is "no object".
     aux: (mask_logits, class_logits) of the earlier decoder layers, for deep supervision.
-    pixel_logits: (B, K, h, w), every pixel against every prompt, with no query between; for an auxiliary loss.
+    pixel_logits: (B, K, h, w), every pixel against every prompt, with no query between; for a further loss.
     """
 
     mask_logits: Tensor

@@ -86,7 +86,8 @@ class RunRecord(Callback):
 
     def _segmenter(self, trainer: Trainer, module: LightningModule, threshold: float) -> Segmenter:
         data = trainer.datamodule
-        return Segmenter(module.network, module.text, data.vocabulary, data.image_size, threshold, self.data)
+        source = module.hparams.backbone_weights
+        return Segmenter(module.network, module.text, data.vocabulary, data.image_size, threshold, self.data, source)
 
     def state_dict(self) -> dict[str, Any]:
         return {"history": self.history}

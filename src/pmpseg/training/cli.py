@@ -115,7 +115,7 @@ class PmpsegCLI(LightningCLI):
             "--encoders",
             type=Literal["copy", "reference"],
             default="copy",
-            help="Put the frozen text encoder into the run's model/, or only its name and the hash of its weights.",
+            help="Put frozen encoders into the run's model/, or only their names and the hashes of their weights.",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
