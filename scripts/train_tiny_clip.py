@@ -2,10 +2,11 @@
 
     python scripts/train_tiny_clip.py --minutes 30 --out src/pmpseg/assets/tiny_clip
 
-It sees pairs (image, caption) of generated scenes, nothing else: no mask, no box, no class label. Beside the symmetric contrastive
-loss, one linear head names the caption's words from the image (Joulin et al., 2016, arXiv 1511.02251) and from the text: contrast
-alone is slow to look at shapes, and leaves "red circle" and "red square" at a cosine of 0.99. The head is dropped at the end. Its captions hold every word and every pair of words, those too that segmentation training holds out, as a real CLIP's
-captions do. Most steps use 64 px windows (an eighth of the patches of four, as FLIP drops patches: arXiv 2212.00794), placed
+It sees pairs (image, caption) of generated scenes, nothing else: no mask, no box, no class label. Its captions hold every word
+and every pair of words, those too that segmentation training holds out, as a real CLIP's captions do. Beside the symmetric
+contrastive loss, one linear head names the caption's words from the image (Joulin et al., 2016, arXiv 1511.02251) and from the
+text: contrast alone is slow to look at shapes, and leaves "red circle" and "red square" at a cosine of 0.99. The head is dropped
+at the end. Most steps use 64 px windows (an eighth of the patches of four, as FLIP drops patches: arXiv 2212.00794), placed
 anywhere on the 128 px grid of position embeddings; the last ones whole 128 px scenes. ``log.txt`` and ``zero_shot.json`` are
 written beside the weights; the accuracy is measured on scenes of another seed.
 """
@@ -15,6 +16,7 @@ import json
 import math
 import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -27,20 +29,22 @@ from pmpseg.data.scene_phrases import caption
 from pmpseg.models.query_decoder import sine_position
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
-WORDS = [*SHAPES, *COLOURS, *STUFF, *PATTERNS, *SIZES] + (
+OTHER_WORDS = (
     "crosses circles squares triangles rings moons stars hearts a the of and on there is picture photo everything stripes dots "
     "two three four left right above below"
-).split()
-NAMED = [w for w in WORDS if w not in ("a", "the", "of", "there", "is", "picture", "photo", "and")]  # by the word head; nouns first
+)
+WORDS = [*SHAPES, *COLOURS, *STUFF, *PATTERNS, *SIZES, *OTHER_WORDS.split()]
+UNNAMED = ("a", "the", "of", "there", "is", "picture", "photo", "and")
+NAMED = [w for w in WORDS if w not in UNNAMED]  # by the word head; nouns first
 PATCH, GRID = 8, 16  # pixels, patches
 
 
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
     """Byte-complete BPE: every caption word is one token, any other text falls into bytes and is never cut short."""
     byte = _byte_symbols()
-    words = Counter(tuple([*w[:-1], w[-1] + "</w>"]) for w in WORDS)
+    words = Counter((*w[:-1], w[-1] + "</w>") for w in WORDS)
     merges: list[tuple[str, str]] = []
-    while pairs := Counter(pair for w in words for pair in zip(w, w[1:], strict=False)):
+    while pairs := Counter(pair for w in words for pair in pairwise(w)):
         best = max(pairs, key=lambda p: (pairs[p], p))
         merges.append(best)
         words = Counter(_merge(w, best) for w in words)
@@ -184,7 +188,8 @@ def main() -> None:
     words = torch.nn.Linear(128, len(NAMED))
     decayed.append(words.weight)
     plain.append(words.bias)
-    optimizer = torch.optim.AdamW([{"params": decayed}, {"params": plain, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
+    groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
 
     # (share of the time, image size, things, batch)
     phases = [(0.6, 64, (1, 1), args.batch), (0.8, 64, (1, 2), args.batch), (1.0, 128, (2, 5), args.batch // 2)]
@@ -192,7 +197,8 @@ def main() -> None:
     print(log[0])
     for number, (until, size, things, batch) in enumerate(phases):
         data = Pairs(args.seed + number, size, things, batch)
-        for images, texts in torch.utils.data.DataLoader(data, batch, num_workers=args.workers, prefetch_factor=4 if args.workers else None):
+        ahead = 4 if args.workers else None
+        for images, texts in torch.utils.data.DataLoader(data, batch, num_workers=args.workers, prefetch_factor=ahead):
             done = (time.time() - start) / (args.minutes * 60)
             if done >= until:
                 break
@@ -214,7 +220,9 @@ def main() -> None:
             model.logit_scale.data.clamp_(0, math.log(100))
             step, seen = step + 1, seen + len(images)
             if step % 25 == 0:
-                line = f"step {step} pairs {seen:,} size {size} loss {loss.item():.3f} (chance {math.log(len(images)):.2f}) words {word_loss.item():.3f} shapes right {guessed_shapes(said, named):.2f} minutes {done * args.minutes:.1f}"
+                line = f"step {step} pairs {seen:,} size {size} loss {loss.item():.3f} (chance {math.log(len(images)):.2f}) "
+                line += f"words {word_loss.item():.3f} shapes right {guessed_shapes(said, named):.2f} "
+                line += f"minutes {done * args.minutes:.1f}"
                 if step % 250 == 0:
                     line += f" zero-shot {zero_shot(model, tokenizer, 20)}"
                     model.save_pretrained(args.out)
@@ -225,7 +233,8 @@ def main() -> None:
     log.append(f"final zero-shot accuracy on unseen scenes: {accuracy}")
     print(log[-1])
     model.half().save_pretrained(args.out)
-    CLIPImageProcessor(size={"height": 128, "width": 128}, crop_size={"height": 128, "width": 128}, image_mean=MEAN, image_std=STD).save_pretrained(args.out)
+    size = {"height": PATCH * GRID, "width": PATCH * GRID}
+    CLIPImageProcessor(size=size, crop_size=size, image_mean=MEAN, image_std=STD).save_pretrained(args.out)
     (args.out / "zero_shot.json").write_text(json.dumps({"pairs_seen": seen, "steps": step, **accuracy}, indent=1) + "\n")
     (args.out / "log.txt").write_text("\n".join(log) + "\n")
 

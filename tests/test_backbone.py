@@ -209,3 +209,15 @@ def test_bad_images_are_refused():
         backbone(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
     with pytest.raises(ValueError, match="wanted float"):
         backbone(torch.rand(3, 64, 64))
+
+
+def test_conv_learns_from_scratch_and_rebuilds():
+    backbone = build_backbone("conv")
+    maps = backbone(torch.rand(2, 3, 64, 96))
+    assert [tuple(m.shape) for m in maps] == [(2, c, 64 // s, 96 // s) for c, s in zip(backbone.channels, (4, 8, 16, 32), strict=True)]
+    sum(m.sum() for m in maps).backward()
+    assert all(p.grad is not None for p in backbone.parameters())
+    again = build_backbone("conv", config=backbone.config)
+    assert again.state_dict().keys() == backbone.state_dict().keys()
+    with pytest.raises(InputError, match="trained from scratch"):
+        build_backbone("conv", "somewhere.safetensors")

@@ -18,11 +18,14 @@ from pmpseg.models import build_backbone
 from pmpseg.segmenter import weights_hash
 
 CONF = Path(__file__).parents[1] / "conf"
-SMALL = (
-    "--model.backbone test_resnet --model.dim 32 --model.num_queries 6 --model.num_layers 2 --model.num_heads 4 --model.ffn_dim 32 --model.num_points 64 "
+OPTIONS = (
+    "--model.backbone test_resnet --model.dim 32 --model.num_queries 6 --model.num_layers 2 --model.num_heads 4 "
+    "--model.ffn_dim 32 --model.num_points 64 "
     "--data.train_length 12 --data.val_length 4 --data.test_length 6 --data.batch_size 2 --data.num_workers 0 "
-    "--trainer.max_steps 4 --trainer.val_check_interval 2 --trainer.log_every_n_steps 1 --trainer.enable_progress_bar false --trainer.accelerator cpu"
-).split()
+    "--trainer.max_steps 4 --trainer.val_check_interval 2 --trainer.log_every_n_steps 1 "
+    "--trainer.enable_progress_bar false --trainer.accelerator cpu"
+)
+SMALL = OPTIONS.split()
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +35,8 @@ def run(tmp_path_factory):
 
 
 def test_a_run_leaves_its_record(run):
-    for name in ("config.yaml", "metrics.csv", "metrics.json", "checkpoints/best.ckpt", "checkpoints/last.ckpt", "model/config.json"):
+    files = "config.yaml", "metrics.csv", "metrics.json", "checkpoints/best.ckpt", "checkpoints/last.ckpt", "model/config.json"
+    for name in files:
         assert (run / name).is_file(), name
     assert sorted(p.name for p in (run / "panels").iterdir()) == ["step_000002.png", "step_000004.png"]
     assert yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]["dim"] == 32
@@ -58,10 +62,8 @@ def test_a_run_too_short_for_a_validation_still_gives_a_model(tmp_path):
 
 
 def test_checkpoints_leave_frozen_weights_out(tmp_path):
-    root = fit.main(
-        [*SMALL, "--model.backbone", "clip", "--model.backbone_weights", "tiny_clip", "--model.backbone_frozen", "true"]
-        + ["--trainer.default_root_dir", str(tmp_path / "frozen"), "--trainer.max_steps", "2"]
-    )
+    frozen = ["--model.backbone", "clip", "--model.backbone_weights", "tiny_clip", "--model.backbone_frozen", "true"]
+    root = fit.main([*SMALL, *frozen, "--trainer.default_root_dir", str(tmp_path / "frozen"), "--trainer.max_steps", "2"])
     keys = torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"].keys()
     assert not [k for k in keys if k.startswith("text.") or ".tower." in k] and any(".stem." in k for k in keys)
     model = Segmenter.load(root / "model")  # which is whole all the same
@@ -93,13 +95,15 @@ def test_evaluate_on_the_data_of_a_config(run, tmp_path, capsys):
 def test_phrase_modes_differ(run):
     segmenter = Segmenter.load(run / "model")
     data = evaluate.build_data({"class_path": "pmpseg.data.Scenes", "init_args": {"test_length": 6, "num_workers": 0}})
-    scores = {mode: evaluate.evaluate(segmenter, data, phrase_mode=mode, threshold=0.1)["phrase_ap"] for mode in ("alone", "mixed", "own")}
-    assert len(set(scores.values())) == 3
+    modes = ("alone", "mixed", "own")
+    scores = {evaluate.evaluate(segmenter, data, phrase_mode=mode, threshold=0.1)["phrase_ap"] for mode in modes}
+    assert len(scores) == 3
 
 
 def test_predict_with_the_trained_model(run, tmp_path):
     Image.new("RGB", (50, 40), "green").save(tmp_path / "a.png")
-    status = predict.main([str(run / "model"), str(tmp_path / "a.png"), "--prompts", "grass; red circle", "--out", str(tmp_path / "out")])
+    out = str(tmp_path / "out")
+    status = predict.main([str(run / "model"), str(tmp_path / "a.png"), "--prompts", "grass; red circle", "--out", out])
     assert not status
     names = sorted(p.name for p in (tmp_path / "out").iterdir())
     assert "predictions.json" in names and sum("mask" in n for n in names) == 2 and sum("overlay" in n for n in names) == 1
@@ -146,9 +150,9 @@ def test_the_blind_config_differs_in_the_prompt_attention_only():
 
 def test_prediction_does_not_import_lightning(run, tmp_path):
     Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    args = [str(run / "model"), str(tmp_path / "a.png"), "--prompts", "grass", "--out", str(tmp_path / "o")]
     code = (
-        "import sys; from pmpseg import predict; "
-        f"predict.main([{str(run / 'model')!r}, {str(tmp_path / 'a.png')!r}, '--prompts', 'grass', '--out', {str(tmp_path / 'o')!r}]); "
+        f"import sys; from pmpseg import predict; predict.main({args!r}); "
         "sys.exit('lightning' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

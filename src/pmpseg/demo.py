@@ -28,7 +28,8 @@ SHOWN = {
 
 def main(args: Sequence[str] | None = None) -> Path:
     """Trains, evaluates and draws; returns the page's path. ``args`` beside ``--out`` go to ``pmpseg.fit``."""
-    parser = argparse.ArgumentParser(prog="python -m pmpseg.demo", description="Train on scenes, evaluate, write a page of pictures.")
+    what = "Train on scenes, evaluate, write a page of pictures."
+    parser = argparse.ArgumentParser(prog="python -m pmpseg.demo", description=what)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="default: runs/demo")
     parser.add_argument("--pictures", type=int, default=24, help="rows of the page; default: 24")
     options, rest = parser.parse_known_args(args)
@@ -43,11 +44,13 @@ def main(args: Sequence[str] | None = None) -> Path:
     model = options.out / "model"
     scores = evaluate.main([str(model), "--split", "test"])
     segmenter = Segmenter.load(model)
-    rows = phrase_rows(segmenter, evaluate.build_data(segmenter.data).dataset("test"), options.pictures)
+    data = evaluate.build_data(evaluate.own_data(segmenter.data, str(model)))
+    rows = phrase_rows(segmenter, data.dataset("test"), options.pictures)
     validation = json.loads((options.out / "metrics.json").read_text())["best"]["miou"]
     figures = f"{100 * validation:5.1f}  mIoU on validation scenes, which show seen combinations only\n"
     figures += "\n".join(f"{100 * scores[name]:5.1f}  {text}" for name, text in SHOWN.items() if name in scores)
-    intro = f"Trained for {minutes:.1f} minutes on this machine. Scenes that it never saw, in percent; the test split unless said otherwise:\n{figures}"
+    intro = f"Trained for {minutes:.1f} minutes on this machine. Scenes that it never saw, in percent; "
+    intro += f"the test split unless said otherwise:\n{figures}"
     page, picture = write_page(options.out / "page", rows, "pmpseg: words become masks", intro)
     print(f"\n{intro}\n\npage:     {page}\npicture:  {picture}\nmodel:    {model}")
     return page
@@ -75,4 +78,4 @@ def phrase_rows(segmenter: Any, dataset: Any, count: int) -> list[Row]:
 
 
 if __name__ == "__main__":
-    cli.run(lambda: main() and None)
+    cli.run(main)

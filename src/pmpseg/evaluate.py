@@ -108,4 +108,4 @@ def _schema() -> Schema:
 
 
 if __name__ == "__main__":
-    cli.run(lambda: main() and None)
+    cli.run(main)

@@ -110,10 +110,10 @@ class SetLoss(nn.Module):
         cost = self.weights["class"] * named + self.weights["mask"] * bce + self.weights["dice"] * dice  # (L * B, Q, K)
         cost = torch.nan_to_num(cost, nan=1e6, posinf=1e6, neginf=-1e6).cpu()
         found: list[tuple[Tensor, Tensor, Tensor]] = []
-        for row, wanted in enumerate(there.cpu()):
+        for at, wanted in enumerate(there.cpu()):
             prompts = wanted.nonzero()[:, 0]
-            q, k = linear_sum_assignment(cost[row][:, prompts].numpy())
-            found.append((torch.full((len(q),), row), torch.from_numpy(q), prompts[torch.from_numpy(k)]))
+            q, k = linear_sum_assignment(cost[at][:, prompts].numpy())
+            found.append((torch.full((len(q),), at), torch.from_numpy(q), prompts[torch.from_numpy(k)]))
         row, query, prompt = (torch.cat(x).to(masks.device) for x in zip(*found, strict=True))
         return row, query, prompt
 

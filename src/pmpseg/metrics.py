@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+PERCENT = tuple(step / 100 for step in range(1, 100))
 _IOU_UNIT = 1 << 32  # IoUs are summed as integers of this unit: exact to 3e-10, for up to 2**31 phrases
 
 
@@ -37,6 +38,7 @@ class ConfusionMetrics(Metric):
     """
 
     full_state_update = False
+    matrix: Tensor
 
     def __init__(
         self,
@@ -89,10 +91,18 @@ class PhraseMetrics(Metric):
 
     full_state_update = False
 
+    counts: Tensor
+    iou_sum: Tensor
+    absent_empty: Tensor
+    present: Tensor
+    absent: Tensor
+    kind_iou_sum: Tensor
+    kind_present: Tensor
+
     def __init__(
         self,
         threshold: float = 0.5,
-        thresholds: Sequence[float] = tuple(step / 100 for step in range(1, 100)),
+        thresholds: Sequence[float] = PERCENT,
         kinds: Sequence[str] = (),
     ) -> None:
         super().__init__()

@@ -5,7 +5,7 @@ in words what is in it, ``scenes.py`` serves both to training. Sizes are in pixe
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
@@ -53,7 +53,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """``stuff`` (H, W) indexes STUFF below the things, ``owner`` (H, W) is 0 or 1 + the thing on top, ``pattern`` (H, W) its marks."""
+    """``stuff`` (H, W) indexes STUFF below the things, ``owner`` (H, W) is 0 or 1 + the thing on top, ``pattern`` its marks."""
 
     image: np.ndarray
     stuff: np.ndarray
@@ -116,7 +116,8 @@ def _choose_looks(
             which = int(rng.integers(4))
             options = (SEEN_SHAPES, colours, patterns, SIZES)[which]
             base[which] = options[int(rng.integers(len(options)))]
-            look = tuple(base)
+            shape, colour, pattern, size = base
+            look = (shape, colour, pattern, size)
         allowed = {"seen": ("seen",), "combination": ("seen", "combination"), "word": ("seen", "word")}[kind]
         if group_of(look[1], look[0]) in allowed:
             looks.append(look)
@@ -239,19 +240,20 @@ def _window(rng: np.random.Generator, tile: np.ndarray, size: int) -> np.ndarray
     return tile[y : y + size, x : x + size]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _grain(side: int = 448) -> np.ndarray:
     """A tile of sensor noise, standard deviation 4 of 255."""
     return np.random.default_rng(100).normal(0, 4, (side, side, 3)).astype(np.float32)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _texture(name: str, side: int = 448) -> np.ndarray:
     """A large tile of one stuff (side, side, 3) float, drawn once a process; scenes take windows of it."""
     rng = np.random.default_rng(STUFF.index(name))
     y, x = np.mgrid[0:side, 0:side].astype(np.float32)
     smooth = lambda step: _smooth_noise(rng, side, step)  # noqa: E731
     fine = rng.normal(0, 1, (side, side)).astype(np.float32)
+    light: np.ndarray
     if name == "grass":
         base, light = (84, 122, 62), 20 * np.repeat(rng.normal(0, 1, (side // 7, side)), 7, 0)[:side] + 10 * fine
     elif name == "water":

@@ -58,28 +58,31 @@ class Description:
 
 @dataclass(frozen=True)
 class Phrase:
-    """One question. ``target`` are the things meant; the other fields narrow it, each used by its own kind."""
+    """One question. ``target`` are the things meant; the other fields narrow it, each used by its own kind.
+
+    A relation is to a ``reference``, or without one to the ``stuff`` below.
+    """
 
     kind: str
     target: Description = Description()
     definite: bool = False  # "the ..."
-    count: int | None = None
-    marks: str | None = None
-    relation: str | None = None
+    count: int = 0
+    marks: str = ""
+    relation: str = ""
     reference: Description | None = None
-    stuff: str | None = None
+    stuff: str = ""
 
     @property
     def text(self) -> str:
         name = self.target.text
         if self.kind == "stuff":
-            return str(self.stuff)
+            return self.stuff
         if self.kind == "part":
-            return f"the {self.marks} of the {name}" if name else str(self.marks)
+            return f"the {self.marks} of the {name}" if name else self.marks
         if self.kind == "group":
             return f"the {NUMBERS[self.count]} {_plural(name)}" if self.count else f"everything {name}"
         if self.kind == "relation":
-            where = f"on the {self.stuff}" if self.stuff else f"{self.relation} the {self.reference.text}"
+            where = f"{self.relation} the {self.reference.text}" if self.reference else f"on the {self.stuff}"
             return f"the {name} {where}"
         return f"the {name}" if self.definite else name
 
@@ -98,9 +101,9 @@ class Phrase:
             return fits if len(fits) == self.count else []
         if self.kind == "part":
             return [i for i in fits if scene.things[i].pattern == MARKS[self.marks]]
-        if self.kind == "relation" and self.stuff:
+        if self.kind == "relation" and self.reference is None:
             return [i for i in fits if scene.ground[i] == self.stuff]
-        if self.kind == "relation":
+        if self.kind == "relation" and self.reference is not None:
             anchors = [i for i, t in enumerate(scene.things) if self.reference.fits(t)]
             if len(anchors) != 1:
                 return None
@@ -115,14 +118,19 @@ class Phrase:
         found = self.things(scene)
         if found is None:
             return None
-        chosen = np.zeros(256, bool)
-        chosen[[i + 1 for i in found]] = True
-        mask = chosen[scene.owner]
+        mask = _pixels(scene, found)
         return mask & scene.pattern if self.kind == "part" else mask
 
     def ignoring_relation(self, scene: Scene) -> np.ndarray:
         """The mask of a reader who skips the relation ("all circles"): an oracle table's row."""
-        return replace(self, kind="thing").mask(scene)
+        return _pixels(scene, [i for i, t in enumerate(scene.things) if self.target.fits(t)])
+
+
+def _pixels(scene: Scene, things: list[int]) -> np.ndarray:
+    """(H, W) bool: where any of these things is to be seen."""
+    chosen = np.zeros(256, bool)
+    chosen[[i + 1 for i in things]] = True
+    return chosen[scene.owner]
 
 
 def _side(thing: Thing, anchor: Thing, relation: str) -> bool | None:
@@ -175,7 +183,8 @@ def _candidates(scene: Scene, kind: str, rng: np.random.Generator) -> list[Phras
         names = {STUFF[i] for i in np.unique(scene.stuff[scene.owner == 0])}
         found = [Phrase("stuff", stuff=name) for name in sorted(names)]
     elif kind == "thing":
-        found = [Phrase("thing", Description(shape=s), definite=bool(rng.random() < 0.3)) for s in sorted({t.shape for t in things})]
+        shapes = sorted({t.shape for t in things})
+        found = [Phrase("thing", Description(shape=s), definite=bool(rng.random() < 0.3)) for s in shapes]
     elif kind == "attributes":
         found = [
             Phrase("attributes", d, definite=bool(rng.random() < 0.5))
@@ -187,13 +196,14 @@ def _candidates(scene: Scene, kind: str, rng: np.random.Generator) -> list[Phras
         named = [Description(shape=shape) for _, shape in _shared(things, ("shape",))]
         named += [Description(colour=t.colour, shape=t.shape) for t in things]
         found += [Phrase("group", d, count=n) for d in named if (n := sum(map(d.fits, things))) in NUMBERS]
-        found = [p for p in found if len(p.things(scene)) < len(things)]
+        found = [p for p in found if len(p.things(scene) or ()) < len(things)]
     elif kind == "part":
         marked = [t for t in things if t.pattern != "plain"]
         found = [Phrase("part", marks=m) for m, p in MARKS.items() if any(t.pattern == p for t in marked)]
         for t in marked:
             name = next(m for m, p in MARKS.items() if p == t.pattern)
-            owners = [Description(shape=t.shape), Description(colour=t.colour, shape=t.shape), Description(size=t.size, shape=t.shape)]
+            owner = Description(shape=t.shape)
+            owners = [owner, replace(owner, colour=t.colour), replace(owner, size=t.size)]
             found += [Phrase("part", d, marks=name) for d in owners if any(not d.fits(o) for o in marked)]
     elif kind == "relation":
         found = _relations(scene, rng)
@@ -205,7 +215,8 @@ def _candidates(scene: Scene, kind: str, rng: np.random.Generator) -> list[Phras
 def _relations(scene: Scene, rng: np.random.Generator) -> list[Phrase]:
     """Only those that part the things they speak of: some satisfy the relation and some do not."""
     things = scene.things
-    names = sorted({d for t in things for d in (Description(shape=t.shape), Description(colour=t.colour, shape=t.shape))}, key=str)
+    described = {d for t in things for d in (Description(shape=t.shape), Description(colour=t.colour, shape=t.shape))}
+    names = sorted(described, key=str)
     count = {d: sum(map(d.fits, things)) for d in names}
     phrases = [
         Phrase("relation", target, relation=relation, reference=anchor)
@@ -261,8 +272,8 @@ def _change(phrase: Phrase, rng: np.random.Generator, seen_only: bool) -> Phrase
     places += [(f, "") for f in ("stuff", "relation", "marks", "count") if getattr(phrase, f)]
     field, attribute = pick(places)
     if attribute:
-        options = shapes if attribute == "shape" else _VALUES[attribute]
-        return replace(phrase, target=replace(phrase.target, **{attribute: pick(options)}))
+        words = shapes if attribute == "shape" else _VALUES[attribute]
+        return replace(phrase, target=replace(phrase.target, **{attribute: pick(words)}))
     options = {"stuff": stuffs, "relation": tuple(RELATIONS), "marks": tuple(MARKS), "count": tuple(NUMBERS)}[field]
     return replace(phrase, **{field: pick(options)})
 

@@ -36,6 +36,8 @@ class Scenes(SegmentationData):
         batch_size, eval_batch_size, num_workers, seed: see ``SegmentationData``.
     """
 
+    num_prompts: int
+
     def __init__(
         self,
         image_size: int = 128,
@@ -43,7 +45,7 @@ class Scenes(SegmentationData):
         val_length: int = 96,
         test_length: int = 240,
         num_prompts: int = 20,
-        few_prompts: float = 0.3,
+        few_prompts: float = 0.2,
         batch_size: int = 16,
         eval_batch_size: int = 16,
         num_workers: int = 1,
@@ -51,9 +53,8 @@ class Scenes(SegmentationData):
     ) -> None:
         if not 64 <= image_size <= 256:
             raise InputError(f"image_size: got {image_size}, want 64 to 256 pixels; things do not grow with the scene")
-        super().__init__(image_size, num_prompts, batch_size, eval_batch_size, num_workers, seed)
+        super().__init__(image_size, num_prompts, batch_size, eval_batch_size, num_workers, seed, few_prompts)
         self.lengths = {"train": train_length, "val": val_length, "test": test_length}
-        self.few_prompts = few_prompts
         unseen = [i for i, name in enumerate(CLASSES) if CLASS_GROUP[name] != "seen"]
         self.vocabulary = Vocabulary(list(CLASSES), [[name] for name in CLASSES], unseen)
         self.class_groups = {g: [i for i, n in enumerate(CLASSES) if CLASS_GROUP[n] == g] for g in GROUPS[1:]}
@@ -106,8 +107,7 @@ class SceneDataset(SegmentationDataset):
         seen_only = self.split != "test"
         phrases = [present_phrase(scene, kind, rng, seen_only) for kind in PHRASE_KINDS]
         phrases += [absent_phrase(scene, rng, seen_only) for _ in range(ABSENT_AT_TEST)]
-        phrases = list({p.text: p for p in phrases if p is not None}.values())
-        return [(p.text, p, -1) for p in phrases]
+        return [(text, p, -1) for text, p in {p.text: p for p in phrases if p is not None}.items()]
 
     def _training_prompts(self, scene: Scene, labels: np.ndarray, rng: np.random.Generator) -> list[Ask]:
         """Classes and phrases of the image, the rest absent ones, in any order; sometimes only a few of them."""
@@ -117,8 +117,8 @@ class SceneDataset(SegmentationDataset):
         kinds = [k for k in (*PHRASE_KINDS, "attributes") if k != "stuff"]
         phrases = [present_phrase(scene, kind, rng) for kind in kinds]
         phrases += [absent_phrase(scene, rng) for _ in range(size // 5)]
-        asked = [(CLASSES[c], c, c) for c in here]
-        asked += [(p.text, p, -1) for p in {p.text: p for p in phrases if p is not None}.values() if p.text not in CLASSES]
+        asked: list[Ask] = [(CLASSES[c], c, c) for c in here]
+        asked += [(text, p, -1) for text, p in {p.text: p for p in phrases if p is not None}.items() if text not in CLASSES]
         asked += [(CLASSES[c], int(c), int(c)) for c in absent[: max(0, size - len(asked))]]
         few = int(rng.integers(1, 4)) if rng.random() < self.data.few_prompts else size
         return [asked[i] for i in rng.permutation(len(asked))[:few]]
@@ -132,6 +132,5 @@ def label_map(scene: Scene) -> np.ndarray:
 
 
 def _mask(ask: Phrase | int | None, scene: Scene, labels: np.ndarray) -> np.ndarray:
-    if ask is None:
-        return np.zeros(labels.shape, bool)
-    return ask.mask(scene) if isinstance(ask, Phrase) else labels == ask
+    mask = ask.mask(scene) if isinstance(ask, Phrase) else None if ask is None else labels == ask
+    return np.zeros(labels.shape, bool) if mask is None else mask

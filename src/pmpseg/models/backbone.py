@@ -21,7 +21,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from ..errors import InputError
 from .clip import load_clip_vision
 from .pyramid import ViTPyramid
-from .towers import STRIDES, ClipTower, PyramidTower, ViTTower
+from .towers import STRIDES, ClipTower, ConvTower, PyramidTower, ViTTower
 from .weights import load_weights
 
 WIDTH = 96
@@ -105,7 +105,7 @@ def build_backbone(
 ) -> Backbone:
     """A backbone by name.
 
-    name: a timm name, or "clip".
+    name: a timm name, "clip", or "conv" for a few plain convolutions that learn from scratch in minutes.
     weights: for timm None (random), "timm" (timm's own, downloaded), "hf-hub:owner/name", or a local
         .safetensors or .pth file in timm's keys. For "clip" a Hugging Face folder or hub id.
     config: the `config` of an earlier backbone, for all that is not given here. Needs no weights.
@@ -123,7 +123,7 @@ def build_backbone(
         raise InputError(f"got the config of backbone {config['name']!r} for {name!r}; wanted the same name")
     given = {"mean": mean, "std": std, "blocks": blocks, "width": width, "frozen": frozen}
     config |= {key: value for key, value in given.items() if value is not None}
-    build = _build_clip if name == "clip" else _build_timm
+    build = {"clip": _build_clip, "conv": _build_conv}.get(name, _build_timm)
     return build(config, None if weights is None else str(weights))
 
 
@@ -144,6 +144,13 @@ def _build_clip(config: dict, weights: str | None) -> Backbone:
     vision_config = {key: getattr(vision.config, key) for key in VISION_KEYS}
     config = OPENAI | own | config | {"vision": vision_config}
     return _on_vit(tower, vision.config.hidden_size, config)
+
+
+def _build_conv(config: dict, weights: str | None) -> Backbone:
+    if weights is not None or "blocks" in config or "width" in config:
+        raise InputError("backbone 'conv' is trained from scratch; weights, blocks and width are not for it")
+    config = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)} | config
+    return Backbone(ConvTower(), _plain(config), ConvTower.channels)
 
 
 def _build_timm(config: dict, weights: str | None) -> Backbone:

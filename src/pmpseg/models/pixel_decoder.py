@@ -25,7 +25,7 @@ class FPN(nn.Module):
         self.mask_features = nn.Conv2d(dim, dim, 1)
 
     def forward(self, maps: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """``maps``: 4 of (B, C_i, H / s, W / s), finest first -> (B, D, H / 4, W / 4) and [(B, D, H / s, W / s) for s in 32, 16, 8]."""
+        """4 maps (B, C_i, H / s, W / s), finest first -> (B, D, H / 4, W / 4) and [(B, D, H / s, W / s) for s in 32, 16, 8]."""
         *finer, top = [lateral(x) for lateral, x in zip(self.lateral, maps, strict=True)]
         levels = [top]
         for x, output in zip(reversed(finer), reversed(self.output), strict=True):

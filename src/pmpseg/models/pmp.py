@@ -52,7 +52,9 @@ class PMP(nn.Module):
             backbone, backbone_weights, backbone_config, mean=backbone_mean, std=backbone_std, frozen=backbone_frozen
         )
         self.pixel_decoder = FPN(list(self.backbone.channels), dim)
-        self.query_decoder = QueryDecoder(dim, text_dim, num_queries, num_layers, num_heads, ffn_dim, prompt_attention, pixel_head)
+        self.query_decoder = QueryDecoder(
+            dim, text_dim, num_queries, num_layers, num_heads, ffn_dim, prompt_attention, pixel_head
+        )
         #: The arguments that rebuild this network with no weights at hand, as plain JSON values.
         self.config = {
             "text_dim": text_dim,

@@ -77,7 +77,7 @@ class QueryDecoder(nn.Module):
         batch = len(features.mask_features)
         levels = [level.flatten(2).transpose(1, 2) + self.level_embedding[i] for i, level in enumerate(features.levels)]
         positions = [sine_position(level) for level in features.levels]
-        text, text_valid = self._prompt_tokens(prompts)
+        text = self._prompt_tokens(prompts)
         names = torch.cat([prompts.pooled, self.no_object.expand(batch, 1, -1)], 1)  # (B, K + 1, E)
         names = F.normalize(names.float(), dim=-1)
 
@@ -86,15 +86,15 @@ class QueryDecoder(nn.Module):
         for i, layer in enumerate(self.layers):
             at = i % len(levels)
             blocked = self._blocked(outputs[-1][0], features.levels[at].shape[-2:])
-            query = layer(query, self.query_position, levels[at], positions[at], blocked, text, text_valid)
+            query = layer(query, self.query_position, levels[at], positions[at], blocked, text)
             outputs.append(self._predict(query, features.mask_features, names, prompts.valid))
         masks, classes = outputs[-1]
         return Prediction(masks, classes, outputs[:-1], self._name_pixels(features.mask_features, names[:, :-1]))
 
-    def _prompt_tokens(self, prompts: Prompts) -> tuple[Tensor | None, Tensor | None]:
+    def _prompt_tokens(self, prompts: Prompts) -> tuple[Tensor, Tensor] | None:
         """What queries read: (B, N, D) and which of it is real (B, N); the last one is "no prompt"."""
-        if self.read_prompt is None:
-            return None, None
+        if self.read_prompt is None or self.no_prompt is None:
+            return None
         pooled = F.normalize(prompts.pooled, dim=-1)
         if self.prompt_attention == "pooled":
             text, valid = pooled, prompts.valid
@@ -117,12 +117,12 @@ class QueryDecoder(nn.Module):
 
     def _name_pixels(self, mask_features: Tensor, names: Tensor) -> Tensor | None:
         """(B, K, h, w) logits in training; nobody reads them afterwards."""
-        if self.pixel_head is None or not self.training:
+        if self.pixel_head is None or self.pixel_bias is None or not self.training:
             return None
         return torch.einsum("bkc,bchw->bkhw", names, self.pixel_head(mask_features)) + self.pixel_bias
 
     @staticmethod
-    def _blocked(mask_logits: Tensor, size: tuple[int, int]) -> Tensor:
+    def _blocked(mask_logits: Tensor, size: torch.Size) -> Tensor:
         """Where a query may not look next: outside its own mask, or nowhere if that mask is empty. (B, Q, h * w) bool."""
         masks = F.interpolate(mask_logits.detach(), size=size, mode="bilinear", align_corners=False).flatten(2)
         blocked = masks < 0  # sigmoid < 0.5
@@ -136,7 +136,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.image_attention, self.image_norm = Attention(dim, num_heads), nn.LayerNorm(dim)
         self.prompt_attention = Attention(dim, num_heads) if guided else None
-        self.prompt_norm = nn.LayerNorm(dim) if guided else None
+        self.prompt_norm = nn.LayerNorm(dim) if guided else nn.Identity()
         self.self_attention, self.self_norm = Attention(dim, num_heads), nn.LayerNorm(dim)
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.ReLU(), nn.Linear(ffn_dim, dim))
         self.ffn_norm = nn.LayerNorm(dim)
@@ -148,13 +148,13 @@ class DecoderLayer(nn.Module):
         image: Tensor,
         image_position: Tensor,
         blocked: Tensor,
-        text: Tensor | None,
-        text_valid: Tensor | None,
+        text: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
         seen = self.image_attention(query + query_position, image + image_position, image, ~blocked[:, None])
         query = self.image_norm(query + seen)
-        if self.prompt_attention is not None:
-            read = self.prompt_attention(query + query_position, text, text, text_valid[:, None, None])
+        if self.prompt_attention is not None and text is not None:
+            tokens, valid = text
+            read = self.prompt_attention(query + query_position, tokens, tokens, valid[:, None, None])
             query = self.prompt_norm(query + read)
         at = query + query_position
         query = self.self_norm(query + self.self_attention(at, at, query))

@@ -52,7 +52,7 @@ class RunRecord(Callback):
         self.data, self.encoders, self.monitor, self.pictures = data, encoders, monitor, pictures
         self.history: list[dict[str, float]] = []
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.sanity_checking:
             return
         threshold = best_threshold(pl_module.scores)
@@ -62,18 +62,20 @@ class RunRecord(Callback):
             return
         training = pl_module.training
         segmenter = self._segmenter(trainer, pl_module, chosen["threshold"])
-        rows = example_rows(segmenter, trainer.datamodule.dataset("val"), self.pictures)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        rows = example_rows(segmenter, data.dataset("val"), self.pictures)
         pl_module.train(training)
         folder = Path(trainer.default_root_dir) / "panels"
         folder.mkdir(parents=True, exist_ok=True)
         with whole_file(folder / f"step_{trainer.global_step:06d}.png") as temporary:
             panel(rows, segmenter.vocabulary.names).save(temporary, "PNG")
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         if not trainer.is_global_zero:
             return
         root, threshold = Path(trainer.default_root_dir), pl_module.hparams.threshold
-        best = next((c.best_model_path for c in trainer.checkpoint_callbacks if getattr(c, "monitor", None) == self.monitor), "")
+        keepers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor == self.monitor]
+        best = keepers[0].best_model_path if keepers else ""
         if best:
             state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
             pl_module.load_state_dict(state, strict=False)
@@ -84,8 +86,8 @@ class RunRecord(Callback):
                 temporary.write_text(json.dumps({"best": chosen, "history": self.history}, indent=1) + "\n")
         self._segmenter(trainer, pl_module, threshold).save(root / "model", self.encoders)
 
-    def _segmenter(self, trainer: Trainer, module: LightningModule, threshold: float) -> Segmenter:
-        data = trainer.datamodule
+    def _segmenter(self, trainer: Trainer, module: Any, threshold: float) -> Segmenter:
+        data = trainer.datamodule  # type: ignore[attr-defined]
         source = module.hparams.backbone_weights
         return Segmenter(module.network, module.text, data.vocabulary, data.image_size, threshold, self.data, source)
 

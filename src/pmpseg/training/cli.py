@@ -31,7 +31,7 @@ from pmpseg.cli import explain, whole_file
 from pmpseg.config import Config, Schema, merge
 from pmpseg.errors import InputError
 
-BASES = {"model": LightningModule, "data": LightningDataModule}
+BASES: dict[str, type] = {"model": LightningModule, "data": LightningDataModule}
 BASES |= {"trainer.logger": Logger, "trainer.callbacks": Callback}
 DESCRIPTION = "Train a model. The arguments of the chosen model and data: --model.help, --data.help"
 
@@ -118,7 +118,7 @@ class PmpsegCLI(LightningCLI):
             help="Put frozen encoders into the run's model/, or only their names and the hashes of their weights.",
         )
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:  # always the list from __init__
         schema = Schema([action.dest for action in parser._actions], BASES)
         files, choices, options = _split(args, schema)
         config = self._merge(files, choices, schema)

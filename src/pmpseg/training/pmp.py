@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from pmpseg.data.base import IGNORE
@@ -79,9 +80,9 @@ class PMPModule(LightningModule):
         self.strict_loading = False  # checkpoints leave frozen weights out: they come from where they are named
 
     def setup(self, stage: str) -> None:
-        data = self.trainer.datamodule
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
         groups, kinds = getattr(data, "class_groups", None), getattr(data, "phrase_kinds", ())
-        self.evaluator = Evaluator(data.vocabulary, groups, kinds, self.hparams.threshold)
+        self.evaluator = Evaluator(data.vocabulary, groups, kinds, self.hparams["threshold"])
 
     # ---- training
 
@@ -98,12 +99,13 @@ class PMPModule(LightningModule):
             self.log(f"train/{name}", value.detach(), prog_bar=name == "loss", batch_size=len(masks))
         return losses["loss"]
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         steps, p = self.trainer.estimated_stepping_batches, self.hparams
-        optimizer = torch.optim.AdamW(parameter_groups(self.network, p.lr, p.backbone_lr_factor if p.backbone_weights else 1.0, p.weight_decay))
+        backbone_lr_factor = p["backbone_lr_factor"] if p["backbone_weights"] else 1.0
+        optimizer = torch.optim.AdamW(parameter_groups(self.network, p["lr"], backbone_lr_factor, p["weight_decay"]))
 
         def factor(step: int) -> float:
-            warm = min(1.0, (step + 1) / max(1, p.warmup_steps))
+            warm = min(1.0, (step + 1) / max(1, p["warmup_steps"]))
             return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -124,7 +126,7 @@ class PMPModule(LightningModule):
         self.evaluator.reset()
         self.log_dict({f"val/{name}": value for name, value in numbers(self.scores).items()})
         if self.trainer.is_global_zero and not self.trainer.sanity_checking:
-            self.print(f"\nstep {self.global_step}\n{table(self.scores, self.trainer.datamodule.vocabulary)}\n")
+            self.print(f"\nstep {self.global_step}\n{table(self.scores, self.evaluator.vocabulary)}\n")
 
 
 def prompt_targets(batch: dict[str, Any]) -> Tensor:
