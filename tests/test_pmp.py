@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pmpseg.inference import ask_one_by_one, semantic_labels, soft_masks, upsample
+from pmpseg.inference import answers, ask_one_by_one, semantic_labels, soft_masks, upsample
 from pmpseg.losses import SetLoss
 from pmpseg.models import PMP, Prediction, Prompts
 from pmpseg.models.query_decoder import PROMPT_ATTENTION, sine_position
@@ -164,6 +164,12 @@ def test_soft_masks_by_hand():
     masks, scores = soft_masks(Prediction(logits, names))
     assert torch.allclose(masks[0, :, 0], torch.tensor([[0.9, 0.2], [0.05, 0.7]]), atol=1e-3)
     assert torch.allclose(scores, torch.tensor([[0.9, 0.7]]), atol=1e-4)
+
+
+def test_answers_by_hand():
+    soft = torch.tensor([[[0.9, 0.5, 0.3]], [[0.1, 0.2, 0.05]]])
+    scores = torch.tensor([0.8, 0.2])
+    assert torch.equal(answers(soft, scores), torch.tensor([[[0.8, 0.8, 0.0]], [[0.0, 0.2, 0.0]]]))
 
 
 def test_positions_differ_and_follow_the_axes():

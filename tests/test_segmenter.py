@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_clip import make_tiny_clip
 
-from pmpseg import Segmenter, hub, rle
+from pmpseg import Segmenter, hub, inference, rle
 from pmpseg.errors import InputError
 from pmpseg.evaluation import Evaluator
 from pmpseg.models import PMP, TextEncoder
@@ -55,10 +55,20 @@ def test_answers_have_the_images_own_size(segmenter, size):
 
 
 def test_labels_follow_from_the_masks(segmenter):
-    answer = segmenter.segment(noise(60, 80), ["red circle", "grass"], threshold=0.05)
+    answer = segmenter.segment(noise(60, 80), ["red circle", "grass"], threshold=0.0)
     soft = np.stack([answer.probability(0), answer.probability(1)])
-    expected = np.where(soft.max(0) > 0.05, soft.argmax(0), NOTHING)
+    inside = soft > 0.5 * answer.scores[:, None, None]
+    assert np.array_equal(answer.mask(0), inside[0]) and inside.any()
+    expected = np.where(inside.any(0), (soft * inside).argmax(0), NOTHING)
     assert np.array_equal(answer.labels, expected)
+
+
+def test_the_threshold_decides_whether_and_not_where(segmenter):
+    image = noise(60, 80)
+    score = float(segmenter.segment(image, ["grass"]).scores[0])
+    below, above = (segmenter.segment(image, ["grass"], threshold=score + d).mask(0) for d in (-0.01, 0.01))
+    assert np.array_equal(below, segmenter.segment(image, ["grass"], threshold=0.0).mask(0)) and below.any()
+    assert not above.any()
 
 
 def test_every_kind_of_image_is_the_same_image(segmenter, tmp_path):
@@ -134,12 +144,14 @@ def test_evaluation_asks_as_segment_does(clip, asked):
     prompts = names if asked == "class list" else ["grass", "a ring", "", "red circle"]
     real = [p for p in prompts if p]
     answer = segmenter.segment(image, real, threshold=0.05, together=asked == "class list")
-    soft = [answer.probability(real.index(p)) if p else np.zeros((64, 64)) for p in prompts]
+    soft = np.stack([answer.probability(real.index(p)) if p else np.zeros((64, 64)) for p in prompts])
+    scores = np.array([answer.scores[real.index(p)] if p else 0 for p in prompts])
+    masks = inference.answers(torch.from_numpy(soft), torch.from_numpy(scores)) > 0.05
     batch = {
         "image": torch.from_numpy(image).permute(2, 0, 1)[None],
         "labels": torch.from_numpy(segmenter.segment(image, names, together=True).labels)[None],
         "prompts": [prompts],
-        "prompt_masks": torch.from_numpy(np.stack(soft) > 0.05)[None],
+        "prompt_masks": masks[None],
     }
     evaluator = Evaluator(segmenter.vocabulary, threshold=0.05)
     evaluator.update(segmenter.network, segmenter.text, batch)

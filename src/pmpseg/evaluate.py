@@ -29,7 +29,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, float]:
         help="how an image's phrases are asked: each alone (default), all with absent ones, or only those that are there, which "
         "leaks the truth; prompts that are the whole class list are asked together in any mode",
     )
-    parser.add_argument("--threshold", type=float, help="of soft masks, from 0 to below 1; default: the model's own")
+    parser.add_argument("--threshold", type=float, help="of scores, from 0 to below 1; default: the model's own")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is one")
     parser.add_argument("--out", type=Path, help="JSON file; default: metrics_SPLIT.json beside the model folder")
     options = parser.parse_args(args)

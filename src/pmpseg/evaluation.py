@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .inference import ask_one_by_one, semantic_labels, soft_masks, upsample, with_synonyms
+from .inference import answers, ask_one_by_one, semantic_labels, soft_masks, upsample, with_synonyms
 from .metrics import ConfusionMetrics, PhraseMetrics
 from .models.clip import TextEncoder
 from .models.pmp import PMP
@@ -52,23 +52,28 @@ class Evaluator(nn.Module):
         if "prompt_masks" not in batch:
             return
         is_class_list = all(row == names for row in batch["prompts"])
-        by_class = soft_masks(prediction)[0] if is_class_list else None  # (B, C, h, w)
+        by_class = soft_masks(prediction) if is_class_list else None  # (B, C, h, w) and (B, C)
         for i, (row, truth) in enumerate(zip(batch["prompts"], batch["prompt_masks"], strict=True)):
             leaky = self.phrase_mode == "own" and not is_class_list
             asked = [k for k, phrase in enumerate(row) if phrase and (not leaky or truth[k].any())]
             if not asked:
                 continue
-            soft = self._ask(network, text, features, i, [row[k] for k in asked]) if by_class is None else by_class[i, None]
+            if by_class is None:
+                soft, scores = self._ask(network, text, features, i, [row[k] for k in asked])
+            else:
+                soft, scores = (x[i, None] for x in by_class)
             kinds = [self._kinds(batch["phrase_kind"][i][k]) for k in asked] if self.phrases.kinds else None
-            self.phrases.update(upsample(soft, image_size, size)[0], truth[asked], kinds)
+            self.phrases.update(answers(upsample(soft, image_size, size), scores)[0], truth[asked], kinds)
 
-    def _ask(self, network: PMP, text: TextEncoder, features: Features, image: int, phrases: list[str]) -> Tensor:
-        """Soft masks (1, K, h, w) of the phrases of one image of the batch."""
+    def _ask(
+        self, network: PMP, text: TextEncoder, features: Features, image: int, phrases: list[str]
+    ) -> tuple[Tensor, Tensor]:
+        """Soft masks (1, K, h, w) and scores (1, K) of the phrases of one image of the batch."""
         features = Features(features.mask_features[image, None], [level[image, None] for level in features.levels])
         prompts = text.encode(with_synonyms(phrases, self.vocabulary))
         if self.phrase_mode == "alone":
-            return ask_one_by_one(network, features, prompts)[0]
-        return soft_masks(network.decode(features, prompts))[0]
+            return ask_one_by_one(network, features, prompts)
+        return soft_masks(network.decode(features, prompts))
 
     def _kinds(self, kind: str) -> list[str]:
         """"relation word" counts as both and, where the data lists it, as "relation_word"."""

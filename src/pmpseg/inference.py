@@ -63,6 +63,16 @@ def soft_masks(prediction: Prediction) -> tuple[Tensor, Tensor]:
     return answers, probabilities.amax(1)
 
 
+def answers(soft: Tensor, scores: Tensor) -> Tensor:
+    """Soft masks (..., H, W) and scores (...) -> the answer at every threshold: the score inside the mask and 0 outside.
+
+    Whether something is there is one question, which ``score > threshold`` decides, and where it is another: all pixels that
+    belong to the prompt at least half as much as the score. One threshold for both would erode the masks of unsure answers.
+    """
+    scores = scores[..., None, None]
+    return torch.where(soft > 0.5 * scores, scores, torch.zeros_like(soft))
+
+
 def ask_one_by_one(network: PMP, features: Features, prompts: Prompts, at_once: int = 16) -> tuple[Tensor, Tensor]:
     """``soft_masks`` with every prompt decoded alone, so that none can hint at another's answer.
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from .errors import InputError
 from .hub import FORMAT, check_free, model_folder, public_name, read_config, shipped_or
 from .images import read_image
-from .inference import Size, ask_one_by_one, semantic_labels, soft_masks, upsample, with_synonyms
+from .inference import Size, answers, ask_one_by_one, semantic_labels, soft_masks, upsample, with_synonyms
 from .models.clip import TextEncoder
 from .models.pmp import PMP
 from .vocabulary import Vocabulary
@@ -66,12 +66,13 @@ class Segmentation:
         return upsample(self.soft[index][None, None], self.image_size, self.size)[0, 0].numpy()
 
     def mask(self, index: int) -> np.ndarray:
-        """(H, W) bool: the pixels of prompt ``index``; all False when it is not there."""
+        """(H, W) bool: the pixels of prompt ``index``; all False when its score is not above the threshold."""
         if not -len(self.prompts) <= index < len(self.prompts):
             raise InputError(f"mask({index}): there are {len(self.prompts)} prompts, 0 to {len(self.prompts) - 1}")
         if self.class_labels is not None:
             return self.class_labels == index % len(self.prompts)
-        return self.probability(index) > self.threshold
+        score = torch.as_tensor(self.scores[index])
+        return (answers(torch.from_numpy(self.probability(index)), score) > self.threshold).numpy()
 
     @cached_property
     def labels(self) -> np.ndarray:
@@ -79,9 +80,9 @@ class Segmentation:
         if self.class_labels is not None:
             return self.class_labels
         labels = np.full(self.size, NOTHING)
-        best = np.full(self.size, self.threshold, np.float32)
+        best = np.zeros(self.size, np.float32)
         for i in range(len(self.prompts)):
-            here = self.probability(i)
+            here = self.probability(i) * self.mask(i)
             labels[here > best] = i
             best = np.maximum(best, here)
         return labels
@@ -113,7 +114,7 @@ class Segmenter:
     Args:
         network, text, vocabulary: what was trained; all are put into evaluation mode.
         image_size: the short side, in pixels, at which the network works.
-        threshold: of soft masks, chosen on the validation split.
+        threshold: of scores, above which something is there; chosen on the validation split.
         data: ``class_path`` and ``init_args`` of the data that it was trained with, for ``evaluate``.
         backbone_weights: what the backbone was started from (see ``models.PMP``); ``save`` can name it in place of a frozen one.
     """
@@ -151,9 +152,9 @@ class Segmenter:
     ) -> Segmentation:
         """The masks of ``prompts`` in ``image`` (see ``images.read_image``), at the image's own size.
 
-        Each prompt is asked alone, the image being encoded once; ``threshold`` (default: the model's own) cuts its soft mask.
-        ``together`` asks them as one list of classes, of which every pixel gets the best: faster, and right for a data set's
-        class list. The name of a class of ``vocabulary`` stands for all of its synonyms.
+        Each prompt is asked alone, the image being encoded once; its mask is empty unless its score is above ``threshold``
+        (default: the model's own). ``together`` asks them as one list of classes, of which every pixel gets the best: faster,
+        and right for a data set's class list. The name of a class of ``vocabulary`` stands for all of its synonyms.
         """
         picture = read_image(image)
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)

@@ -27,7 +27,7 @@ class PMPModule(LightningModule):
         lr, backbone_lr_factor, weight_decay, warmup_steps: AdamW with a linear warm-up and a cosine to zero; the pretrained
             part of the backbone learns ``backbone_lr_factor`` times as fast.
         class_weight, mask_weight, dice_weight, no_object_weight, num_points, pixel_weight: see ``losses.SetLoss``.
-        threshold: of soft phrase masks, in validation; ``evaluate`` chooses one on the validation split.
+        threshold: of phrase scores, in validation; the model that a run saves has one chosen on the validation split.
     """
 
     def __init__(
