@@ -31,7 +31,7 @@ def main(args: Sequence[str] | None = None) -> Path:
     what = "Train on scenes, evaluate, write a page of pictures."
     parser = argparse.ArgumentParser(prog="python -m pmpseg.demo", description=what)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="default: runs/demo")
-    parser.add_argument("--pictures", type=int, default=24, help="rows of the page; default: 24")
+    parser.add_argument("--pictures", type=int, default=14, help="rows of the page; default: 14")
     options, rest = parser.parse_known_args(args)
 
     from pmpseg import evaluate, fit

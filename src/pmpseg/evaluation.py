@@ -123,12 +123,14 @@ def as_json(value: Any) -> Any:
 def best_threshold(scores: dict[str, Any]) -> float | None:
     """The threshold at which present and absent phrases are answered best together; None without phrases.
 
-    Choose it on a validation split. It maximises the mean of IoU on present phrases and accuracy on absent ones.
+    Choose it on a validation split. It maximises the harmonic mean of the IoU on present phrases and the accuracy on absent ones:
+    their sum would have a weak model answer nothing at all.
     """
     if "phrase_curve" not in scores:
         return None
     curve = scores["phrase_curve"]
-    both = torch.nan_to_num(curve["iou"]) + torch.nan_to_num(curve["absent_accuracy"])
+    iou, absent = torch.nan_to_num(curve["iou"]), torch.nan_to_num(curve["absent_accuracy"])
+    both = 2 * iou * absent / (iou + absent).clamp(min=1e-9)
     return round(float(curve["threshold"][both.argmax()]), 4)
 
 
