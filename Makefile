@@ -5,7 +5,7 @@ BIN := .venv/bin
 FAST := OMP_WAIT_POLICY=PASSIVE MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=1000000000
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint clean
+.PHONY: help demo test lint clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -15,9 +15,6 @@ demo: .venv/.installed ## train on generated scenes, evaluate, and write a page 
 
 test: .venv/.test ## run the test suite
 	$(FAST) $(BIN)/python -m pytest
-
-test-slow: .venv/.test ## run the tests that take minutes
-	$(FAST) $(BIN)/python -m pytest -m slow
 
 lint: .venv/.lint ## check style (ruff) and types (mypy)
 	$(BIN)/ruff check .
