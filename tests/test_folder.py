@@ -334,32 +334,6 @@ def test_prompts_of_a_training_image():
     assert len(set(choose_prompts([0, 1, 2, 3], vocabulary, 2, rng)[1]) & {0, 1, 2, 3}) == 2
 
 
-def test_few_prompts_of_a_training_image():
-    vocabulary = Vocabulary(list("abcdef"), unseen=[5])
-    rng = np.random.default_rng(0)
-    sizes, chosen = [], set()
-    for _ in range(300):
-        prompts, classes = choose_prompts([1, 3, 255], vocabulary, 4, rng, few_prompts=0.5)
-        few = [index for index in classes.tolist() if index != -1]
-        assert len(prompts) == 4 and prompts == [vocabulary.names[i] for i in few] + [""] * (4 - len(few))
-        assert {1, 3} & set(few)
-        sizes.append(len(few))
-        chosen |= set(few) if len(few) < 4 else set()
-    assert 0.4 < sizes.count(4) / 300 < 0.6 and all(sizes.count(n) > 30 for n in (1, 2, 3))
-    assert chosen == {0, 1, 2, 3, 4}
-    assert 1 <= sum(choose_prompts([], vocabulary, None, rng, few_prompts=1)[1] >= 0) <= 3
-
-
-def test_few_prompts_reach_the_batches(tmp_path):
-    data = make(make_folder(tmp_path), few_prompts=1.0)
-    counts = set()
-    for batch in epoch_of(data.train_dataloader(), 0):
-        assert batch["prompt_class"].shape == (3, 3)
-        counts |= set((batch["prompt_class"] >= 0).sum(1).tolist())
-    assert 1 in counts and counts <= {1, 2, 3}
-    assert all(len(batch["prompts"][0]) == 4 and all(batch["prompts"][0]) for batch in data.val_dataloader())
-
-
 def test_collate_of_phrases():
     item = {
         "image": torch.zeros(3, 4, 5, dtype=torch.uint8),

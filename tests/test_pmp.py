@@ -6,14 +6,14 @@ import torch
 from pmpseg.inference import answers, ask_one_by_one, semantic_labels, soft_masks, upsample
 from pmpseg.losses import SetLoss
 from pmpseg.models import PMP, Prediction, Prompts
-from pmpseg.models.query_decoder import PROMPT_ATTENTION, sine_position
+from pmpseg.models.query_decoder import PROMPT_ATTENTION, PROMPT_PLACE, sine_position
 
 TINY = {"backbone": "test_resnet", "text_dim": 12, "dim": 32, "num_queries": 5, "num_layers": 3, "num_heads": 4, "ffn_dim": 32}
 
 
-def build(prompt_attention: str = "pooled", seed: int = 0) -> PMP:
+def build(prompt_attention: str = "pooled", seed: int = 0, prompt_place: str = "first") -> PMP:
     torch.manual_seed(seed)
-    return PMP(**TINY, prompt_attention=prompt_attention).eval()
+    return PMP(**TINY, prompt_attention=prompt_attention, prompt_place=prompt_place).eval()
 
 
 def prompts_of(batch: int = 2, count: int = 4, words: int = 3, seed: int = 1) -> Prompts:
@@ -40,7 +40,7 @@ def test_shapes(prompt_attention):
     assert len(found.aux) == 3 and found.aux[0][0].shape == (2, 5, 16, 24)
 
 
-@pytest.mark.parametrize("prompt_attention", PROMPT_ATTENTION)
+@pytest.mark.parametrize("prompt_attention", [kind for kind in PROMPT_ATTENTION if kind != "shuffled"])
 @torch.no_grad()
 def test_the_order_of_prompts_does_not_matter(prompt_attention):
     network, prompts, order = build(prompt_attention), prompts_of(), torch.tensor([2, 0, 3, 1])
@@ -72,7 +72,34 @@ def test_prompts_guide_the_masks_only_when_attended():
     for kind in PROMPT_ATTENTION:
         network = build(kind)
         same = torch.equal(network(IMAGE, prompts_of()).mask_logits, network(IMAGE, other).mask_logits)
-        assert same == (kind == "none")
+        assert same == (kind in ("none", "shuffled"))
+
+
+@torch.no_grad()
+def test_prompts_that_are_read_first_guide_every_mask_and_later_ones_all_but_the_first():
+    other = prompts_of(seed=5)
+    for place in PROMPT_PLACE:
+        network = build(prompt_place=place)
+        a, b = network(IMAGE, prompts_of()), network(IMAGE, other)
+        pairs = zip([m for m, _ in a.aux] + [a.mask_logits], [m for m, _ in b.aux] + [b.mask_logits], strict=True)
+        same = [torch.equal(x, y) for x, y in pairs]
+        assert same == [place == "after_image", False, False, False]
+
+
+def test_shuffled_reads_the_other_images_prompts_in_training_and_theirs_later():
+    network, prompts = build("shuffled").train(), prompts_of()
+    other, strangers = prompts_of(seed=5), network.query_decoder.strangers
+    mixed = Prompts(*(torch.cat([a[:1], b[1:]]) for a, b in zip(prompts._tensors(), other._tensors(), strict=True)))
+
+    def masks(p):
+        return network(IMAGE, p).mask_logits.detach()
+
+    network.backbone.eval()  # batch norm would tie the images to each other
+    assert torch.equal(masks(prompts)[1], masks(mixed)[1])  # image 1 reads image 0's, which are the same
+    assert not torch.equal(masks(prompts)[0], masks(mixed)[0])
+    kept = torch.nn.functional.normalize(mixed.pooled, dim=-1).flatten(0, 1)
+    assert torch.equal(strangers[: len(kept)], kept) and torch.equal(strangers[len(kept)], kept[0])
+    assert sum(p.numel() for p in network.parameters()) == sum(p.numel() for p in build("pooled").parameters())
 
 
 @torch.no_grad()
@@ -134,6 +161,8 @@ def test_bad_images_are_named():
         network(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), prompts_of(1))
     with pytest.raises(ValueError, match="prompt_attention: got 'pool'"):
         PMP(**TINY, prompt_attention="pool")
+    with pytest.raises(ValueError, match="prompt_place: got 'last', want one of first, after_image"):
+        PMP(**TINY, prompt_place="last")
 
 
 @torch.no_grad()

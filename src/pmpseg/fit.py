@@ -7,16 +7,18 @@ frozen weights) and ``model/``, which ``Segmenter.load`` opens anywhere.
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger
 
 from pmpseg import cli
-from pmpseg.training.callbacks import PlainProgressBar, RunCheckpoint, RunRecord
+from pmpseg.training.callbacks import BestCheckpoint, PlainProgressBar, RunRecord
 from pmpseg.training.cli import PmpsegCLI, keep_numbered
+from pmpseg.training.resume import LastCheckpoint, RunCSV, StepSeed, WholeCheckpoints, check_same_run, clear_leftovers, read_checkpoint
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -25,17 +27,32 @@ def main(args: Sequence[str] | None = None) -> Path:
     """Trains as the command line (or ``args``) says and returns the run's folder."""
     _quieten()
     defaults, start = [ASSETS / "defaults.yaml"], ASSETS / "scenes.yaml"
-    run = PmpsegCLI(defaults, start, args, trainer_defaults={"callbacks": [RunCheckpoint(), RunCheckpoint(None)]})
-    trainer, root = run.trainer, run.run_folder
+    run = PmpsegCLI(defaults, start, args, trainer_defaults={"callbacks": [BestCheckpoint()]})
+    trainer, root, config = run.trainer, run.run_folder, run.config.as_dict()
+    path = run.checkpoint()
+    checkpoint = read_checkpoint(path) if path else None
+    if path and checkpoint and (remark := check_same_run(checkpoint, config, path)):
+        print(f"pmpseg: {remark}", file=sys.stderr)
+    if trainer.is_global_zero:
+        clear_leftovers(root)
     default_bars = (TQDMProgressBar, RichProgressBar)
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    record = RunRecord(run.config.data.as_dict(), run.config.encoders)
-    trainer.callbacks = [record, *(PlainProgressBar() if type(c) in default_bars else c for c in callbacks)]  # type: ignore[attr-defined]
+    seed = run.config.seed_everything
+    own = [
+        RunRecord(config["data"], run.config.encoders),
+        StepSeed(seed if isinstance(seed, int) else 0),
+        *(PlainProgressBar() if type(c) in default_bars else c for c in callbacks),
+    ]
+    if config["trainer"].get("enable_checkpointing") is not False:
+        own.append(LastCheckpoint(run.config.save_every, config))  # after the best one, whose state it saves
+    trainer.callbacks = own  # type: ignore[attr-defined]
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = WholeCheckpoints()
     if not trainer.loggers:
-        if trainer.is_global_zero:
-            keep_numbered(root / "metrics.csv")  # the logger would begin it anew
-        trainer.logger = CSVLogger(root, name="", version="")
-    trainer.fit(run.model, datamodule=run.datamodule, ckpt_path=run.checkpoint())
+        if trainer.is_global_zero and not path:
+            keep_numbered(root / "metrics.csv")  # of a run that is not continued
+        trainer.logger = RunCSV(root, checkpoint)
+    trainer.fit(run.model, datamodule=run.datamodule, ckpt_path=path, weights_only=True)
     if trainer.is_global_zero:
         print(f"run: {root}\nmodel: {root / 'model'}")
     return root
@@ -45,6 +62,7 @@ def _quieten() -> None:
     """Hides advice that no user of this command can act on; warnings about their own doing stay."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer warns when workers are forked after its use
     patterns = "does not have many workers", "Checkpoint directory .* exists", "isinstance.*LeafSpec", "in eval mode at the start"
+    patterns += ("your dataloader is not resumable",)  # its sampler is
     for pattern in patterns:
         warnings.filterwarnings("ignore", f".*{pattern}")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)

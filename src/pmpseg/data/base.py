@@ -11,6 +11,7 @@ with prefetching, and a batch is the same for any number of workers.
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import numpy as np
 import torch
@@ -30,8 +31,7 @@ class SegmentationData(LightningDataModule):
 
     A subclass sets ``vocabulary`` and gives ``dataset(split)`` for "train", "val" and "test". ``image_size``
     is the short side at which the network works; ``num_prompts`` (K) the prompts of a training image, None
-    for all classes; ``few_prompts`` the share of training images that get one to three of them only, since
-    ``predict`` asks one at a time. Batches of several images in evaluation need images of one size.
+    for all classes. Batches of several images in evaluation need images of one size.
     """
 
     vocabulary: Vocabulary
@@ -44,24 +44,32 @@ class SegmentationData(LightningDataModule):
         eval_batch_size: int = 1,
         num_workers: int = 2,
         seed: int = 0,
-        few_prompts: float = 0.0,
     ) -> None:
         super().__init__()
         self.image_size = image_size
         self.num_prompts = num_prompts
-        self.few_prompts = few_prompts
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
         self.seed = seed
+        self._taken, self._per_epoch = 0, 1  # batches of a run that is continued
+
+    def state_dict(self) -> dict[str, int]:
+        """How many training batches were taken, and of how many an epoch is made: where a continued run goes on."""
+        assert self.trainer is not None
+        return {"taken": self.trainer.fit_loop.total_batch_idx + 1, "per_epoch": int(self.trainer.num_training_batches)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._taken, self._per_epoch = state["taken"], state["per_epoch"]
 
     def dataset(self, split: str) -> "SegmentationDataset":
         raise NotImplementedError
 
     def train_dataloader(self) -> DataLoader:
-        """Shuffled anew in each epoch; the last incomplete batch is dropped."""
+        """Shuffled anew in each epoch; the last incomplete batch is dropped. A continued run's begins where it stopped."""
         dataset = self.dataset("train")
-        sampler = EpochSampler(dataset, self.seed)
+        epoch, batches = divmod(self._taken, self._per_epoch)
+        sampler = EpochSampler(dataset, self.seed, epoch, batches * self.batch_size)
         if len(sampler) < self.batch_size:
             raise InputError(
                 f"{len(sampler)} training images make no batch of {self.batch_size}: lower batch_size"
@@ -110,15 +118,21 @@ class SegmentationDataset(Dataset):
 class EpochSampler(DistributedSampler):
     """A new order in each epoch, as (epoch, index) pairs, shared out among the ranks.
 
-    Lightning calls ``set_epoch``, and leaves a DistributedSampler as it is.
+    Lightning calls ``set_epoch``, and leaves a DistributedSampler as it is. It asks for the first order before that, hence
+    ``epoch``, the first one; of this one ``skip`` indices a rank are left out: those that a continued run has had. The length
+    stays that of a whole epoch, since Lightning counts what was had.
     """
 
-    def __init__(self, dataset: Dataset, seed: int) -> None:
+    def __init__(self, dataset: Dataset, seed: int, epoch: int = 0, skip: int = 0) -> None:
         rank, world_size = _rank_and_world_size()
         super().__init__(dataset, world_size, rank, shuffle=True, seed=seed, drop_last=True)
+        self.set_epoch(epoch)
+        self.first, self.skip = epoch, skip
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        return ((self.epoch, index) for index in super().__iter__())
+        epoch = self.epoch
+        order = ((epoch, index) for index in super().__iter__())
+        return islice(order, self.skip if epoch == self.first else 0, None)
 
 
 class UnpaddedSampler(DistributedSampler):
@@ -161,23 +175,19 @@ def choose_prompts(
     vocabulary: Vocabulary,
     num_prompts: int | None,
     rng: np.random.Generator,
-    few_prompts: float = 0.0,
 ) -> tuple[list[str], np.ndarray]:
     """Prompts of one training image: K strings, padded with "", and their classes (K,) int64, padded with -1.
 
     K is ``num_prompts`` whatever the image (None: the number of seen classes). First come the classes
     ``present``, then absent ones as negatives, a random choice of each where there is no room for all; then
     the order is shuffled, and each class speaks through a random synonym. Unseen classes and 255 are left
-    out. In a share ``few_prompts`` of the calls only one to three of these are kept, a present one among
-    them if there is one, and the others are padding.
+    out.
     """
     seen = np.array(vocabulary.seen)
     size = len(seen) if num_prompts is None else num_prompts
     is_present = np.isin(seen, np.array(list(present), dtype=np.int64))
     ranked = np.concatenate([rng.permutation(seen[is_present]), rng.permutation(seen[~is_present])])
     ranked = ranked[:size]
-    if rng.random() < few_prompts:  # the first one stays: where it can be, it is present
-        ranked = np.concatenate([ranked[:1], rng.permutation(ranked[1:])[: rng.integers(3)]])
     chosen = rng.permutation(ranked)
     prompts = [str(rng.choice(vocabulary.synonyms[index])) for index in chosen]
     padding = size - len(chosen)

@@ -64,13 +64,12 @@ class FolderData(SegmentationData):
         colour: float = 0.4,
         resize_labels: bool = False,
         num_prompts: int | None = None,
-        few_prompts: float = 0.0,
         batch_size: int = 8,
         eval_batch_size: int = 1,
         num_workers: int = 2,
         seed: int = 0,
     ) -> None:
-        super().__init__(image_size, num_prompts, batch_size, eval_batch_size, num_workers, seed, few_prompts)
+        super().__init__(image_size, num_prompts, batch_size, eval_batch_size, num_workers, seed)
         self.root = Path(root)
         self.crop_size = crop_size or (image_size, image_size)
         self.scale = scale
@@ -140,7 +139,6 @@ class FolderDataset(SegmentationDataset):
         self.train = train
         self.vocabulary = data.vocabulary
         self.num_prompts = data.num_prompts
-        self.few_prompts = data.few_prompts
         self.seed = data.seed
 
     def __len__(self) -> int:
@@ -152,9 +150,7 @@ class FolderDataset(SegmentationDataset):
             rng = np.random.default_rng([self.seed, epoch, index])
             sample = self.transform(sample, int(rng.integers(2**63)))
             sample["labels"] = ignore_unseen(sample["labels"], self.vocabulary)
-            prompts, prompt_class = choose_prompts(
-                _present(sample), self.vocabulary, self.num_prompts, rng, self.few_prompts
-            )
+            prompts, prompt_class = choose_prompts(_present(sample), self.vocabulary, self.num_prompts, rng)
         else:
             sample = self.transform(sample)
             prompts, prompt_class = all_prompts(self.vocabulary)

@@ -32,7 +32,6 @@ class Scenes(SegmentationData):
         image_size: 128 to 192 pixels; things keep their size in pixels.
         train_length, val_length, test_length: scenes in each split.
         num_prompts: K, the prompts of a training image.
-        few_prompts: share of training images that get one to three prompts only, as users ask.
         batch_size, eval_batch_size, num_workers, seed: see ``SegmentationData``.
     """
 
@@ -45,7 +44,6 @@ class Scenes(SegmentationData):
         val_length: int = 96,
         test_length: int = 240,
         num_prompts: int = 20,
-        few_prompts: float = 0.2,
         batch_size: int = 16,
         eval_batch_size: int = 16,
         num_workers: int = 1,
@@ -53,7 +51,7 @@ class Scenes(SegmentationData):
     ) -> None:
         if not 64 <= image_size <= 256:
             raise InputError(f"image_size: got {image_size}, want 64 to 256 pixels; things do not grow with the scene")
-        super().__init__(image_size, num_prompts, batch_size, eval_batch_size, num_workers, seed, few_prompts)
+        super().__init__(image_size, num_prompts, batch_size, eval_batch_size, num_workers, seed)
         self.lengths = {"train": train_length, "val": val_length, "test": test_length}
         unseen = [i for i, name in enumerate(CLASSES) if CLASS_GROUP[name] != "seen"]
         self.vocabulary = Vocabulary(list(CLASSES), [[name] for name in CLASSES], unseen)
@@ -110,7 +108,7 @@ class SceneDataset(SegmentationDataset):
         return [(text, p, -1) for text, p in {p.text: p for p in phrases if p is not None}.items()]
 
     def _training_prompts(self, scene: Scene, labels: np.ndarray, rng: np.random.Generator) -> list[Ask]:
-        """Classes and phrases of the image, the rest absent ones, in any order; sometimes only a few of them."""
+        """Classes and phrases of the image, the rest absent ones, in any order."""
         size = self.data.num_prompts
         here = [int(c) for c in np.unique(labels)]
         absent = rng.permutation([c for c in self.data.vocabulary.seen if c not in here])
@@ -120,8 +118,7 @@ class SceneDataset(SegmentationDataset):
         asked: list[Ask] = [(CLASSES[c], c, c) for c in here]
         asked += [(text, p, -1) for text, p in {p.text: p for p in phrases if p is not None}.items() if text not in CLASSES]
         asked += [(CLASSES[c], int(c), int(c)) for c in absent[: max(0, size - len(asked))]]
-        few = int(rng.integers(1, 4)) if rng.random() < self.data.few_prompts else size
-        return [asked[i] for i in rng.permutation(len(asked))[:few]]
+        return [asked[i] for i in rng.permutation(len(asked))[:size]]
 
 
 def label_map(scene: Scene) -> np.ndarray:

@@ -26,7 +26,7 @@ class PMP(nn.Module):
         backbone_frozen: leave the pretrained part of the backbone as it is.
         backbone_mean, backbone_std: of images in [0, 1], where they differ from what the name was trained with.
         dim, num_queries, num_layers, num_heads, ffn_dim: of the decoders; Mask2Former has 256, 100, 9, 8, 2048.
-        prompt_attention: ``pooled``, ``tokens``, or ``none`` for blind proposals.
+        prompt_attention, prompt_place: see ``QueryDecoder``; ``none`` for blind proposals.
         pixel_head: also name every pixel in training, for an auxiliary loss.
     """
 
@@ -45,6 +45,7 @@ class PMP(nn.Module):
         num_heads: int = 8,
         ffn_dim: int = 2048,
         prompt_attention: str = "pooled",
+        prompt_place: str = "first",
         pixel_head: bool = False,
     ) -> None:
         super().__init__()
@@ -53,7 +54,7 @@ class PMP(nn.Module):
         )
         self.pixel_decoder = FPN(list(self.backbone.channels), dim)
         self.query_decoder = QueryDecoder(
-            dim, text_dim, num_queries, num_layers, num_heads, ffn_dim, prompt_attention, pixel_head
+            dim, text_dim, num_queries, num_layers, num_heads, ffn_dim, prompt_attention, prompt_place, pixel_head
         )
         #: The arguments that rebuild this network with no weights at hand, as plain JSON values.
         self.config = {
@@ -67,6 +68,7 @@ class PMP(nn.Module):
             "num_heads": num_heads,
             "ffn_dim": ffn_dim,
             "prompt_attention": prompt_attention,
+            "prompt_place": prompt_place,
             "pixel_head": pixel_head,
         }
 

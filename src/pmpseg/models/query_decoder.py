@@ -2,8 +2,7 @@
 
 Sources: masked attention, layer order and deep supervision from Mask2Former (arXiv 2112.01527, sec. 3.2); the cross-attention
 between text tokens and query tokens in every layer from PMP (arXiv 2412.10292), whose placement and form are unpublished and
-ours: it stands after the image attention, so that a query reads the prompts knowing what it sees. Naming by cosine to text
-embeddings with a learnable "no object" follows OVSeg (arXiv 2210.04150, sec. 3.1).
+ours (``prompt_place``). Naming by cosine to text embeddings with a learnable "no object" follows OVSeg (arXiv 2210.04150, sec. 3.1).
 
 Letters: B images, Q queries, K prompts, T tokens a prompt, D decoder width, E text width.
 """
@@ -19,7 +18,9 @@ from pmpseg.errors import InputError
 
 from .prompts import Prediction, Prompts
 
-PROMPT_ATTENTION = ("none", "pooled", "tokens")
+PROMPT_ATTENTION = ("none", "pooled", "tokens", "shuffled")
+PROMPT_PLACE = ("first", "after_image")
+STRANGERS = 256  # prompts that "shuffled" keeps to read from when it is asked about a single image
 
 
 class Features(NamedTuple):
@@ -36,6 +37,10 @@ class Features(NamedTuple):
 class QueryDecoder(nn.Module):
     """``prompt_attention``: ``pooled`` (one embedding a prompt) or ``tokens`` (its words) guide the queries in every layer;
     ``none`` is the blind baseline: the same queries propose without seeing a prompt, which then only picks by similarity.
+    ``shuffled`` is a control: all of ``pooled``'s parameters and layers, but queries read the prompts of another image.
+
+    ``prompt_place``: ``first`` in every layer, before the mask is predicted that steers the layer's image attention, so that no
+    look at the image is blind; or ``after_image``, where a query knows what it has just seen.
     """
 
     def __init__(
@@ -47,6 +52,7 @@ class QueryDecoder(nn.Module):
         num_heads: int = 8,
         ffn_dim: int = 2048,
         prompt_attention: str = "pooled",
+        prompt_place: str = "first",
         pixel_head: bool = False,
     ) -> None:
         super().__init__()
@@ -54,15 +60,21 @@ class QueryDecoder(nn.Module):
             raise InputError(f"dim: got {dim}, want a multiple of 4 and of num_heads ({num_heads})")
         if prompt_attention not in PROMPT_ATTENTION:
             raise InputError(f"prompt_attention: got {prompt_attention!r}, want one of {', '.join(PROMPT_ATTENTION)}")
+        if prompt_place not in PROMPT_PLACE:
+            raise InputError(f"prompt_place: got {prompt_place!r}, want one of {', '.join(PROMPT_PLACE)}")
         self.prompt_attention = prompt_attention
+        self.strangers: Tensor
         self.query = nn.Parameter(torch.randn(num_queries, dim) * 0.02)
         self.query_position = nn.Parameter(torch.randn(num_queries, dim) * 0.02)
         self.level_embedding = nn.Parameter(torch.randn(3, dim) * 0.02)
         guided = prompt_attention != "none"
-        self.layers = nn.ModuleList(DecoderLayer(dim, num_heads, ffn_dim, guided) for _ in range(num_layers))
+        place = prompt_place if guided else None
+        self.layers = nn.ModuleList(DecoderLayer(dim, num_heads, ffn_dim, place) for _ in range(num_layers))
         self.read_prompt = nn.Sequential(nn.Linear(text_dim, dim), nn.LayerNorm(dim)) if guided else None
         # Attended to when no prompt concerns a query; it also keeps the softmax defined when every prompt is padding.
         self.no_prompt = nn.Parameter(torch.zeros(dim)) if guided else None
+        if prompt_attention == "shuffled":
+            self.register_buffer("strangers", torch.zeros(STRANGERS, text_dim))
 
         self.norm = nn.LayerNorm(dim)
         self.mask_head = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
@@ -82,12 +94,14 @@ class QueryDecoder(nn.Module):
         names = F.normalize(names.float(), dim=-1)
 
         query = self.query.expand(batch, -1, -1)  # (B, Q, D)
-        outputs = [self._predict(query, features.mask_features, names, prompts.valid)]
+        outputs: list[tuple[Tensor, Tensor]] = []
         for i, layer in enumerate(self.layers):
             at = i % len(levels)
+            query = layer.read_first(query, self.query_position, text)
+            outputs.append(self._predict(query, features.mask_features, names, prompts.valid))
             blocked = self._blocked(outputs[-1][0], features.levels[at].shape[-2:])
             query = layer(query, self.query_position, levels[at], positions[at], blocked, text)
-            outputs.append(self._predict(query, features.mask_features, names, prompts.valid))
+        outputs.append(self._predict(query, features.mask_features, names, prompts.valid))
         masks, classes = outputs[-1]
         return Prediction(masks, classes, outputs[:-1], self._name_pixels(features.mask_features, names[:, :-1]))
 
@@ -96,8 +110,10 @@ class QueryDecoder(nn.Module):
         if self.read_prompt is None or self.no_prompt is None:
             return None
         pooled = F.normalize(prompts.pooled, dim=-1)
-        if self.prompt_attention == "pooled":
+        if self.prompt_attention in ("pooled", "shuffled"):
             text, valid = pooled, prompts.valid
+            if self.prompt_attention == "shuffled":
+                text, valid = self._of_another_image(text, valid)
         else:
             # Each word also carries its phrase, or the words of several prompts would be one bag.
             text = (F.normalize(prompts.tokens, dim=-1) + pooled[:, :, None]).flatten(1, 2)
@@ -105,6 +121,16 @@ class QueryDecoder(nn.Module):
         batch, text = len(text), text * text.shape[-1] ** 0.5  # unit variance, or the projection's bias would drown it
         text = torch.cat([self.read_prompt(text), self.no_prompt.expand(batch, 1, -1)], 1)
         return text, F.pad(valid, (0, 1), value=True)
+
+    def _of_another_image(self, text: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """In training the prompts of the batch's next image; otherwise, as many as are asked, from the last training batch."""
+        if self.training:
+            with torch.no_grad():
+                real = text[valid].to(self.strangers.dtype)
+                self.strangers.copy_(real[torch.arange(STRANGERS, device=text.device) % len(real)])
+            return text.roll(1, 0), valid.roll(1, 0)
+        any_of_them = (torch.arange(valid.numel(), device=text.device) * 97 + 13) % STRANGERS
+        return self.strangers[any_of_them].to(text.dtype).view_as(text), valid
 
     def _predict(self, query: Tensor, mask_features: Tensor, names: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         query = self.norm(query)
@@ -130,10 +156,12 @@ class QueryDecoder(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Masked image attention -> prompt attention -> self-attention -> FFN, each with a residual and a norm after it."""
+    """(Prompt attention ->) masked image attention (-> prompt attention) -> self-attention -> FFN, each with a residual and a
+    norm after it."""
 
-    def __init__(self, dim: int, num_heads: int, ffn_dim: int, guided: bool) -> None:
+    def __init__(self, dim: int, num_heads: int, ffn_dim: int, prompt_place: str | None) -> None:
         super().__init__()
+        self.prompt_place, guided = prompt_place, prompt_place is not None
         self.image_attention, self.image_norm = Attention(dim, num_heads), nn.LayerNorm(dim)
         self.prompt_attention = Attention(dim, num_heads) if guided else None
         self.prompt_norm = nn.LayerNorm(dim) if guided else nn.Identity()
@@ -152,13 +180,21 @@ class DecoderLayer(nn.Module):
     ) -> Tensor:
         seen = self.image_attention(query + query_position, image + image_position, image, ~blocked[:, None])
         query = self.image_norm(query + seen)
-        if self.prompt_attention is not None and text is not None:
-            tokens, valid = text
-            read = self.prompt_attention(query + query_position, tokens, tokens, valid[:, None, None])
-            query = self.prompt_norm(query + read)
+        if self.prompt_place == "after_image":
+            query = self._read(query, query_position, text)
         at = query + query_position
         query = self.self_norm(query + self.self_attention(at, at, query))
         return self.ffn_norm(query + self.ffn(query))
+
+    def read_first(self, query: Tensor, query_position: Tensor, text: tuple[Tensor, Tensor] | None) -> Tensor:
+        """The prompt attention of ``prompt_place`` "first": before the mask is predicted that steers the image attention."""
+        return self._read(query, query_position, text) if self.prompt_place == "first" else query
+
+    def _read(self, query: Tensor, query_position: Tensor, text: tuple[Tensor, Tensor] | None) -> Tensor:
+        if self.prompt_attention is None or text is None:
+            return query
+        tokens, valid = text
+        return self.prompt_norm(query + self.prompt_attention(query + query_position, tokens, tokens, valid[:, None, None]))
 
 
 class Attention(nn.Module):

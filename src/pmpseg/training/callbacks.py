@@ -16,19 +16,22 @@ from pmpseg.evaluation import best_threshold, numbers
 from pmpseg.segmenter import Segmenter
 
 
-class RunCheckpoint(ModelCheckpoint):
-    """In the run's own ``checkpoints/``: ``best.ckpt`` by ``monitor``, or without one ``last.ckpt``, always the newest.
+class BestCheckpoint(ModelCheckpoint):
+    """``checkpoints/best.ckpt`` in the run's own folder, by ``monitor``."""
 
-    Two of them, since Lightning's ``save_last`` writes the last one only when there is a new best one.
-    """
-
-    def __init__(self, monitor: str | None = "val/miou") -> None:
-        name = "best" if monitor else "last"
-        super().__init__(monitor=monitor, mode="max", filename=name, save_top_k=1, enable_version_counter=False)
+    def __init__(self, monitor: str = "val/miou") -> None:
+        super().__init__(monitor=monitor, mode="max", filename="best", save_top_k=1, enable_version_counter=False)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.dirpath = os.path.join(trainer.default_root_dir, "checkpoints")
         super().setup(trainer, pl_module, stage)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Lightning forgets the best score where the folder has been moved."""
+        old, new = str(state_dict["dirpath"]), str(self.dirpath)
+        moved = {k: v.replace(old, new, 1) if isinstance(v, str) else v for k, v in state_dict.items()}
+        moved["best_k_models"] = {path.replace(old, new, 1): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict(moved)
 
 
 class PlainProgressBar(TQDMProgressBar):

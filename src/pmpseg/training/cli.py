@@ -112,6 +112,12 @@ class PmpsegCLI(LightningCLI):
             help="Checkpoint to continue from; 'last': of the run's folder.",
         )
         parser.add_argument(
+            "--save_every",
+            type=int,
+            default=200,
+            help="Steps between checkpoints to continue from: what a kill costs at most.",
+        )
+        parser.add_argument(
             "--encoders",
             type=Literal["copy", "reference"],
             default="copy",

@@ -1,6 +1,7 @@
 """Training PMP: a batch of images and prompts -> network -> set loss -> log; validation by class list and by phrase."""
 
 import math
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -23,7 +24,9 @@ class PMPModule(LightningModule):
         text: Hugging Face folder or hub id of a CLIP or a sentence encoder; ``tiny_clip`` is the one that ships with pmpseg.
         templates: each phrase is put into all of them and the embeddings averaged.
         backbone, backbone_weights, backbone_frozen, backbone_mean, backbone_std: see ``models.backbone.build_backbone``.
-        dim, num_queries, num_layers, num_heads, ffn_dim, prompt_attention: see ``models.pmp.PMP``.
+        dim, num_queries, num_layers, num_heads, ffn_dim, prompt_attention, prompt_place: see ``models.pmp.PMP``.
+        few_prompts: share of training images whose queries are asked one to three of the prompts only, as users ask; a pixel loss
+            sees all of them nevertheless.
         lr, backbone_lr_factor, weight_decay, warmup_steps: AdamW with a linear warm-up and a cosine to zero; the pretrained
             part of the backbone learns ``backbone_lr_factor`` times as fast.
         class_weight, mask_weight, dice_weight, no_object_weight, num_points, pixel_weight: see ``losses.SetLoss``.
@@ -44,7 +47,9 @@ class PMPModule(LightningModule):
         num_layers: int = 3,
         num_heads: int = 8,
         ffn_dim: int = 512,
-        prompt_attention: Literal["none", "pooled", "tokens"] = "pooled",
+        prompt_attention: Literal["none", "pooled", "tokens", "shuffled"] = "pooled",
+        prompt_place: Literal["first", "after_image"] = "first",
+        few_prompts: float = 0.0,
         lr: float = 1e-3,
         backbone_lr_factor: float = 0.3,
         weight_decay: float = 0.05,
@@ -73,6 +78,7 @@ class PMPModule(LightningModule):
             num_heads=num_heads,
             ffn_dim=ffn_dim,
             prompt_attention=prompt_attention,
+            prompt_place=prompt_place,
             pixel_head=pixel_weight > 0,
         )
         self.network.to(memory_format=torch.channels_last)  # several times faster for depthwise convolutions on CPUs
@@ -89,12 +95,13 @@ class PMPModule(LightningModule):
     def training_step(self, batch: dict[str, Any], _: int) -> Tensor:
         prompts = self.text.encode_batch(batch["prompts"])
         masks = prompt_targets(batch)
-        prediction = self.network(batch["image"].float() / 255, prompts)
         present = prompts.valid & masks.flatten(2).any(-1)
+        asked = keep_few(prompts.valid, present, self.hparams["few_prompts"])
+        prediction = self.network(batch["image"].float() / 255, replace(prompts, valid=asked))
         # Where prompts bring their own masks, what is outside is known not to be meant, labelled or not.
         counted = torch.ones_like(masks[:, 0]) if "prompt_masks" in batch else batch["labels"] != IGNORE
         # The network's masks cover the padded image.
-        losses = self.loss(prediction, pad_to_stride(masks), present, pad_to_stride(counted), prompts.valid)
+        losses = self.loss(prediction, pad_to_stride(masks), present & asked, pad_to_stride(counted), prompts.valid)
         for name, value in losses.items():
             self.log(f"train/{name}", value.detach(), prog_bar=name == "loss", batch_size=len(masks))
         return losses["loss"]
@@ -127,6 +134,19 @@ class PMPModule(LightningModule):
         self.log_dict({f"val/{name}": value for name, value in numbers(self.scores).items()})
         if self.trainer.is_global_zero and not self.trainer.sanity_checking:
             self.print(f"\nstep {self.global_step}\n{table(self.scores, self.evaluator.vocabulary)}\n")
+
+
+def keep_few(valid: Tensor, present: Tensor, share: float) -> Tensor:
+    """Which prompts the queries are asked, (B, K) bool: all ``valid`` ones, or in a share of the rows one to three of them.
+
+    In half of those rows a ``present`` one is among the few, if there is one; otherwise chance decides.
+    """
+    rows = len(valid), 1
+    noise = torch.rand(valid.shape, device=valid.device) + present * (torch.rand(rows, device=valid.device) < 0.5)
+    first = noise.masked_fill(~valid, -1).argsort(1, descending=True)[:, :1]
+    noise = torch.rand(valid.shape, device=valid.device).masked_fill(~valid, -1).scatter(1, first, 2.0)
+    few = noise.argsort(1, descending=True).argsort(1) < torch.randint(1, 4, rows, device=valid.device)
+    return torch.where(torch.rand(rows, device=valid.device) < share, few & valid, valid)
 
 
 def prompt_targets(batch: dict[str, Any]) -> Tensor:
