@@ -84,6 +84,9 @@ class SegmentationData(LightningDataModule):
 
     def _eval_dataloader(self, split: str) -> DataLoader:
         dataset = self.dataset(split)
+        _, world_size = _rank_and_world_size()
+        if len(dataset) < world_size:  # a process without a batch would skip the evaluation that the others wait in
+            raise InputError(f"{len(dataset)} {split} images for {world_size} processes: give each at least one, or use fewer devices")
         return self._loader(dataset, UnpaddedSampler(dataset), self.eval_batch_size, drop_last=False)
 
     def _loader(
