@@ -16,7 +16,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
 from pmpseg import cli
-from pmpseg.training.callbacks import BestCheckpoint, PlainProgressBar, RunRecord
+from pmpseg.training.callbacks import BestCheckpoint, FiniteLoss, PlainProgressBar, RunRecord
 from pmpseg.training.cli import PmpsegCLI, keep_numbered
 from pmpseg.training.resume import LastCheckpoint, RunCSV, StepSeed, WholeCheckpoints, check_same_run, clear_leftovers, read_checkpoint
 
@@ -40,6 +40,7 @@ def main(args: Sequence[str] | None = None) -> Path:
     seed = run.config.seed_everything
     own = [
         RunRecord(config["data"], run.config.encoders),
+        FiniteLoss(),
         StepSeed(seed if isinstance(seed, int) else 0),
         *(PlainProgressBar() if type(c) in default_bars else c for c in callbacks),
     ]

@@ -48,6 +48,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     missing = {"network", "text", "image_size", "threshold"} - set(config)
     if missing:
         raise InputError(f"{path}: misses {', '.join(sorted(missing))}; save the model again")
+    size, threshold = config["image_size"], config["threshold"]
+    if not isinstance(size, int) or size < 1:
+        raise InputError(f"{path}: image_size: got {size!r}, want pixels, an integer of 1 or more")
+    if not isinstance(threshold, int | float) or not 0 <= threshold < 1:
+        raise InputError(f"{path}: threshold: got {threshold!r}, want a number from 0 to below 1")
     return config
 
 

@@ -156,6 +156,10 @@ class Segmenter:
         (default: the model's own). ``together`` asks them as one list of classes, of which every pixel gets the best: faster,
         and right for a data set's class list. The name of a class of ``vocabulary`` stands for all of its synonyms.
         """
+        if not isinstance(prompts, str | Sequence) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise InputError(f"prompts: got {prompts!r:.80}, want a string or a list of strings")
+        if threshold is not None and not 0 <= threshold < 1:
+            raise InputError(f"threshold: got {threshold}, want 0 to below 1, or None for the model's own")
         picture = read_image(image)
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         encoded = self.text.encode(with_synonyms(prompts, self.vocabulary))

@@ -46,6 +46,11 @@ class SegmentationData(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        least = {"image_size": (image_size, 1), "batch_size": (batch_size, 1), "eval_batch_size": (eval_batch_size, 1)}
+        least |= {"num_workers": (num_workers, 0), "seed": (seed, 0), "num_prompts": (1 if num_prompts is None else num_prompts, 1)}
+        for name, (value, smallest) in least.items():
+            if value < smallest:
+                raise InputError(f"{name}: got {value}, want {smallest} or more")
         self.image_size = image_size
         self.num_prompts = num_prompts
         self.batch_size = batch_size

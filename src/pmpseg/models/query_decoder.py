@@ -20,6 +20,7 @@ from .prompts import Prediction, Prompts
 
 PROMPT_ATTENTION = ("none", "pooled", "tokens", "shuffled")
 PROMPT_PLACE = ("first", "after_image")
+NAMED_BY = ("query", "mask", "both")
 STRANGERS = 256  # prompts that "shuffled" keeps to read from when it is asked about a single image
 
 
@@ -41,6 +42,9 @@ class QueryDecoder(nn.Module):
 
     ``prompt_place``: ``first`` in every layer, before the mask is predicted that steers the layer's image attention, so that no
     look at the image is blind; or ``after_image``, where a query knows what it has just seen.
+
+    ``named_by``: the ``query``, as in Mask2Former; the image features under its ``mask``; or ``both``, as in FC-CLIP. A query that
+    has read a prompt can repeat it whatever is there; what is under the mask can not.
     """
 
     def __init__(
@@ -53,16 +57,22 @@ class QueryDecoder(nn.Module):
         ffn_dim: int = 2048,
         prompt_attention: str = "pooled",
         prompt_place: str = "first",
+        named_by: str = "query",
         pixel_head: bool = False,
     ) -> None:
         super().__init__()
-        if dim % 4 or dim % num_heads:
+        if dim < 4 or num_heads < 1 or dim % 4 or dim % num_heads:
             raise InputError(f"dim: got {dim}, want a multiple of 4 and of num_heads ({num_heads})")
+        for name, value in (("num_queries", num_queries), ("num_layers", num_layers), ("ffn_dim", ffn_dim)):
+            if value < 1:
+                raise InputError(f"{name}: got {value}, want 1 or more")
         if prompt_attention not in PROMPT_ATTENTION:
             raise InputError(f"prompt_attention: got {prompt_attention!r}, want one of {', '.join(PROMPT_ATTENTION)}")
         if prompt_place not in PROMPT_PLACE:
             raise InputError(f"prompt_place: got {prompt_place!r}, want one of {', '.join(PROMPT_PLACE)}")
-        self.prompt_attention = prompt_attention
+        if named_by not in NAMED_BY:
+            raise InputError(f"named_by: got {named_by!r}, want one of {', '.join(NAMED_BY)}")
+        self.prompt_attention, self.named_by = prompt_attention, named_by
         self.strangers: Tensor
         self.query = nn.Parameter(torch.randn(num_queries, dim) * 0.02)
         self.query_position = nn.Parameter(torch.randn(num_queries, dim) * 0.02)
@@ -78,6 +88,7 @@ class QueryDecoder(nn.Module):
 
         self.norm = nn.LayerNorm(dim)
         self.mask_head = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
+        self.under_mask = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim)) if named_by != "query" else None
         self.name_head = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, text_dim))
         self.no_object = nn.Parameter(torch.randn(text_dim) * text_dim**-0.5)
         self.log_scale = nn.Parameter(torch.tensor(math.log(20.0)))
@@ -135,11 +146,20 @@ class QueryDecoder(nn.Module):
     def _predict(self, query: Tensor, mask_features: Tensor, names: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         query = self.norm(query)
         mask_logits = torch.einsum("bqd,bdhw->bqhw", self.mask_head(query), mask_features)
-        embedding = F.normalize(self.name_head(query).float(), dim=-1)  # (B, Q, E)
+        embedding = F.normalize(self.name_head(self._evidence(query, mask_logits, mask_features)).float(), dim=-1)  # (B, Q, E)
         with torch.autocast(query.device.type, enabled=False):  # cosines times 100 need more than 8 bits
             scale = self.log_scale.float().clamp(max=math.log(100.0)).exp()
             class_logits = scale * torch.einsum("bqe,bke->bqk", embedding, names)  # (B, Q, K + 1)
         return mask_logits, class_logits.masked_fill(~F.pad(valid, (0, 1), value=True)[:, None], -1e4)
+
+    def _evidence(self, query: Tensor, mask_logits: Tensor, mask_features: Tensor) -> Tensor:
+        """What a query is named by, (B, Q, D): itself, the mean features under its mask, or their sum."""
+        if self.under_mask is None:
+            return query
+        inside = mask_logits.detach().sigmoid()
+        mean = torch.einsum("bqhw,bdhw->bqd", inside, mask_features) / inside.flatten(2).sum(-1, keepdim=True).clamp(min=1e-3)
+        seen = self.under_mask(mean)
+        return seen if self.named_by == "mask" else query + seen
 
     def _name_pixels(self, mask_features: Tensor, names: Tensor) -> Tensor | None:
         """(B, K, h, w) logits in training; nobody reads them afterwards."""

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressB
 from PIL import Image
 
 from pmpseg.cli import whole_file
+from pmpseg.errors import InputError
 from pmpseg.drawing import Row, panel
 from pmpseg.evaluation import best_threshold, numbers
 from pmpseg.segmenter import Segmenter
@@ -32,6 +33,17 @@ class BestCheckpoint(ModelCheckpoint):
         moved = {k: v.replace(old, new, 1) if isinstance(v, str) else v for k, v in state_dict.items()}
         moved["best_k_models"] = {path.replace(old, new, 1): score for path, score in state_dict["best_k_models"].items()}
         super().load_state_dict(moved)
+
+
+class FiniteLoss(Callback):
+    """Ends a training that has diverged, with one line. On a GPU the loss is looked at only when it is logged anyway."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
+        loss, step = outputs["loss"], trainer.global_step
+        if loss.device.type == "cpu" or step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            if not torch.isfinite(loss):
+                advice = f"lower model.lr (now {pl_module.hparams.get('lr')}), or look for broken images and masks"
+                raise InputError(f"the loss is {loss.item()} at step {step}: {advice}; last.ckpt is from before")
 
 
 class PlainProgressBar(TQDMProgressBar):

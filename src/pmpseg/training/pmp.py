@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from pmpseg.data.base import IGNORE
+from pmpseg.errors import InputError
 from pmpseg.evaluation import Evaluator, numbers, table
 from pmpseg.hub import shipped_or
 from pmpseg.losses import SetLoss
@@ -24,7 +25,7 @@ class PMPModule(LightningModule):
         text: Hugging Face folder or hub id of a CLIP or a sentence encoder; ``tiny_clip`` is the one that ships with pmpseg.
         templates: each phrase is put into all of them and the embeddings averaged.
         backbone, backbone_weights, backbone_frozen, backbone_mean, backbone_std: see ``models.backbone.build_backbone``.
-        dim, num_queries, num_layers, num_heads, ffn_dim, prompt_attention, prompt_place: see ``models.pmp.PMP``.
+        dim, num_queries, num_layers, num_heads, ffn_dim, prompt_attention, prompt_place, named_by: see ``models.pmp.PMP``.
         few_prompts: share of training images whose queries are asked one to three of the prompts only, as users ask; a pixel loss
             sees all of them nevertheless.
         lr, backbone_lr_factor, weight_decay, warmup_steps: AdamW with a linear warm-up and a cosine to zero; the pretrained
@@ -49,6 +50,7 @@ class PMPModule(LightningModule):
         ffn_dim: int = 512,
         prompt_attention: Literal["none", "pooled", "tokens", "shuffled"] = "pooled",
         prompt_place: Literal["first", "after_image"] = "first",
+        named_by: Literal["query", "mask", "both"] = "query",
         few_prompts: float = 0.0,
         lr: float = 1e-3,
         backbone_lr_factor: float = 0.3,
@@ -63,6 +65,8 @@ class PMPModule(LightningModule):
         threshold: float = 0.5,
     ) -> None:
         super().__init__()
+        if not 0 <= few_prompts <= 1:
+            raise InputError(f"few_prompts: got {few_prompts}, want 0 to 1, a share of the images")
         self.save_hyperparameters()
         self.text = TextEncoder(shipped_or(text), templates)
         self.network = PMP(
@@ -79,6 +83,7 @@ class PMPModule(LightningModule):
             ffn_dim=ffn_dim,
             prompt_attention=prompt_attention,
             prompt_place=prompt_place,
+            named_by=named_by,
             pixel_head=pixel_weight > 0,
         )
         self.network.to(memory_format=torch.channels_last)  # several times faster for depthwise convolutions on CPUs
