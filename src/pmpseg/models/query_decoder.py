@@ -57,7 +57,7 @@ class QueryDecoder(nn.Module):
         ffn_dim: int = 2048,
         prompt_attention: str = "pooled",
         prompt_place: str = "first",
-        named_by: str = "query",
+        named_by: str = "mask",
         pixel_head: bool = False,
     ) -> None:
         super().__init__()

@@ -50,7 +50,7 @@ class PMPModule(LightningModule):
         ffn_dim: int = 512,
         prompt_attention: Literal["none", "pooled", "tokens", "shuffled"] = "pooled",
         prompt_place: Literal["first", "after_image"] = "first",
-        named_by: Literal["query", "mask", "both"] = "query",
+        named_by: Literal["query", "mask", "both"] = "mask",
         few_prompts: float = 0.0,
         lr: float = 1e-3,
         backbone_lr_factor: float = 0.3,
