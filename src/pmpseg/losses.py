@@ -63,7 +63,8 @@ class SetLoss(nn.Module):
         layers = [*prediction.aux, (prediction.mask_logits, prediction.class_logits)]
         mask_logits = torch.cat([m for m, _ in layers]).float()  # (L * B, Q, h, w)
         class_logits = torch.cat([c for _, c in layers]).float()  # (L * B, Q, K + 1)
-        masks = masks.float()
+        # What is not known is taken out of the masks too: bilinear points beside it would see it.
+        masks = (masks if counted is None else masks & counted[:, None]).float()
         known = torch.ones_like(masks[:, :1]) if counted is None else counted[:, None].float()
 
         row, query, prompt = self.match(mask_logits, class_logits, masks, present, known)
@@ -80,6 +81,7 @@ class SetLoss(nn.Module):
         chosen, truth = mask_logits[row, query, None], masks[image, prompt, None]  # (N, 1, ...)
         points = self.sample_points(chosen)
         logits, truth, inside = (sample(x, points)[:, 0] for x in (chosen, truth, known[image]))  # (N, P)
+        truth = truth / inside.clamp(min=1e-6)  # the share of what is known
         bce = F.binary_cross_entropy_with_logits(logits, truth, reduction="none") * inside
         parts["mask"] = (bce.sum(1) / inside.sum(1).clamp(min=1)).sum() / total_masks.clamp(min=1)
         parts["dice"] = dice_loss(logits, truth, inside).sum() / total_masks.clamp(min=1)
@@ -93,14 +95,16 @@ class SetLoss(nn.Module):
     def match(
         self, mask_logits: Tensor, class_logits: Tensor, masks: Tensor, present: Tensor, known: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The cheapest one-to-one pairs in every row of the (L * B) batch -> row, query, prompt, each (N,)."""
+        """The cheapest one-to-one pairs in every row of the (L * B) batch -> row, query, prompt, each (N,).
+
+        ``masks`` are within ``known``.
+        """
         rows, batch = len(mask_logits), len(masks)
         # The same points for all masks of an image; more would not change who is matched.
         points = torch.rand(batch, self.num_points, 2, device=masks.device)
         truth, inside = sample(masks, points), sample(known, points)  # (B, K, P), (B, 1, P)
         logits = sample(mask_logits, points.repeat(rows // batch, 1, 1))  # (L * B, Q, P)
         truth, inside, there = (x.repeat(rows // batch, *[1] * (x.ndim - 1)) for x in (truth, inside, present))
-        truth = truth * inside
         count = inside.sum(-1, keepdim=True).clamp(min=1)
         # BCE for all pairs at once: softplus(x) - x * y summed over points.
         bce = ((F.softplus(logits) * inside).sum(-1)[..., None] - logits @ truth.mT) / count
@@ -131,9 +135,10 @@ class SetLoss(nn.Module):
 def pixel_loss(logits: Tensor, masks: Tensor, known: Tensor, valid: Tensor) -> Tensor:
     """BCE of pixels named directly, present and absent prompts alike: means over known pixels, summed over prompts.
 
-    logits (B, K, h, w), masks (B, K, H, W) and known (B, 1, H, W) in [0, 1], valid (B, K) bool.
+    logits (B, K, h, w), masks (B, K, H, W) within known (B, 1, H, W) in [0, 1], valid (B, K) bool.
     """
     truth, inside = (F.interpolate(x, logits.shape[-2:], mode="area") for x in (masks, known))
+    truth = truth / inside.clamp(min=1e-6)
     bce = (F.binary_cross_entropy_with_logits(logits, truth, reduction="none") * inside).flatten(2).sum(-1)
     return (bce / inside.flatten(2).sum(-1).clamp(min=1) * valid).sum()
 
@@ -145,8 +150,11 @@ def dice_loss(logits: Tensor, truth: Tensor, inside: Tensor) -> Tensor:
 
 
 def sample(maps: Tensor, points: Tensor) -> Tensor:
-    """Bilinear values of maps (B, C, H, W) at points (B, P, 2) given as (x, y) in [0, 1] -> (B, C, P)."""
-    return F.grid_sample(maps, 2 * points[:, :, None] - 1, align_corners=False)[..., 0]
+    """Bilinear values of maps (B, C, H, W) at points (B, P, 2) given as (x, y) in [0, 1] -> (B, C, P).
+
+    The outermost half pixel has the edge's value; Mask2Former's fades to 0 there, as if nothing were to be sure of at an edge.
+    """
+    return F.grid_sample(maps, 2 * points[:, :, None] - 1, padding_mode="border", align_corners=False)[..., 0]
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:

@@ -1,0 +1,91 @@
+"""Does the suite notice? Plants one small fault at a time into a copy of the code and runs the tests that should catch it.
+
+    python scripts/plant_faults.py [--only NAME] [--jobs 1]
+
+Prints for each fault which test failed first; exits with 1 if a fault is not caught, or if what it replaces is no longer there.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# name: (file, what stands there, what is put there, tests)
+FAULTS = {
+    "swapped axes of the position embedding": (
+        "models/query_decoder.py",
+        "torch.cat([y[:, None].expand(-1, width, -1), x[None].expand(height, -1, -1)], -1)",
+        "torch.cat([x[:, None].expand(-1, height, -1), y[None].expand(width, -1, -1)], -1)",
+        "test_pmp.py",
+    ),
+    "off by one in the ignored label": ("metrics.py", "valid = target != ignore_index", "valid = target < ignore_index - 1", "test_metrics.py"),
+    "names are not normalised": ("models/query_decoder.py", "names = F.normalize(names.float(), dim=-1)", "names = names.float()", "test_pmp.py"),
+    "images are not divided by their deviation": ("models/backbone.py", "(image - self.mean) / self.std", "(image - self.mean)", "test_backbone.py"),
+    "padding prompts are read": ("models/query_decoder.py", "tokens, tokens, valid[:, None, None]", "tokens, tokens, None", "test_pmp.py"),
+    "a query looks where it is blocked": ("models/query_decoder.py", "image, ~blocked[:, None])", "image, blocked[:, None])", "test_pmp.py"),
+    "dice counts what is ignored": ("losses.py", "prob, truth = logits.sigmoid() * inside, truth * inside", "prob, truth = logits.sigmoid(), truth", "test_losses.py test_properties.py"),
+    "matching forgets the masks' BCE": ("losses.py", 'self.weights["mask"] * bce', '0 * self.weights["mask"] * bce', "test_losses.py"),
+    "the normaliser is summed over ranks, not averaged": ("losses.py", "value = value / torch.distributed.get_world_size()", "value = value", "test_losses.py"),
+    "few prompts are up to four": ("training/pmp.py", "torch.randint(1, 4, rows", "torch.randint(1, 5, rows", "test_training.py"),
+    "run lengths row by row": ("rle.py", 'pixels = mask.astype(bool).ravel(order="F")', "pixels = mask.astype(bool).ravel()", "test_rle.py test_properties.py"),
+    "images are padded at the left": (
+        "models/pmp.py",
+        "(0, -maps.shape[-1] % STRIDE, 0, -maps.shape[-2] % STRIDE)",
+        "(-maps.shape[-1] % STRIDE, 0, 0, -maps.shape[-2] % STRIDE)",
+        "test_properties.py test_pmp.py",
+    ),
+    "upsampling aligns corners": ("inference.py", 'maps = F.interpolate(maps, padded, mode="bilinear", align_corners=False)', 'maps = F.interpolate(maps, padded, mode="bilinear", align_corners=True)', "test_pmp.py"),
+    "no object takes part in the class list": ("inference.py", "probabilities = prediction.class_logits.softmax(-1)[..., :-1]  # (B, Q, K)\n    masks = upsample", "probabilities = prediction.class_logits[..., :-1].softmax(-1)  # (B, Q, K)\n    masks = upsample", "test_pmp.py"),
+    "a threshold counts as above": ("metrics.py", "thresholds, out_int32=True)", "thresholds, out_int32=True, right=True)", "test_metrics.py"),
+    "a continued run begins its epoch anew": ("data/base.py", "self.skip if epoch == self.first else 0", "0", "test_resume.py test_properties.py"),
+    "every step draws the same": ("training/resume.py", "[self.seed, number, trainer.global_rank]", "[self.seed, 0, trainer.global_rank]", "test_resume.py"),
+    "the last validation image counts twice": ("data/base.py", "self.own = range(rank, len(dataset), world_size)", "self.own = [i % len(dataset) for i in range(rank, len(dataset) + -len(dataset) % world_size, world_size)]", "test_folder.py test_properties.py"),
+    "masks are not flipped with their image": ("data/transforms.py", 'outputs["mask"].astype(', 'outputs["mask"][:, ::-1].astype(', "test_transforms.py"),
+    "an absent class counts as 0": ("metrics.py", "iou = ratio.where(truth > 0, torch.nan)", "iou = ratio", "test_metrics.py"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", help="a part of a fault's name")
+    parser.add_argument("--jobs", type=int, default=1)
+    args = parser.parse_args()
+    chosen = [name for name in FAULTS if not args.only or args.only in name]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        found = dict(zip(chosen, pool.map(plant, chosen), strict=True))
+    missed = [name for name, test in found.items() if not test]
+    print(f"\n{len(found) - len(missed)} of {len(found)} faults caught" + "".join(f"\nNOT CAUGHT: {name}" for name in missed))
+    sys.exit(bool(missed))
+
+
+def plant(name: str) -> str:
+    """The first test that fails, or "" if none does."""
+    file, old, new, tests = FAULTS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        for part in ("src", "tests", "conf", "setup.cfg", "pyproject.toml"):
+            copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
+            copy(ROOT / part, Path(folder, part))
+        path = Path(folder, "src/pmpseg", file)
+        text = path.read_text()
+        if text.count(old) != 1:
+            raise SystemExit(f"{name}: {file} no longer has exactly one {old!r}: mend the list in {__file__}")
+        path.write_text(text.replace(old, new))
+        shared = os.environ.get("PMPSEG_SHARED", str(ROOT.parent / "shared"))
+        environment = os.environ | {"PYTHONPATH": f"{folder}/src", "PMPSEG_SHARED": shared, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *(f"tests/{t}" for t in tests.split())]
+        ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    failed = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(\S+)", ran.stdout, re.M)
+    if ran.returncode not in (0, 1) or (ran.returncode and not failed):
+        raise SystemExit(f"{name}: pytest ended with {ran.returncode}\n{ran.stdout[-2000:]}")
+    print(f"{'caught ' if failed else 'MISSED '} {name}: {failed[1] if failed else 'no test failed'}", flush=True)
+    return failed[1] if failed else ""
+
+
+if __name__ == "__main__":
+    main()
