@@ -1,16 +1,16 @@
-"""Does prompt guidance help? Blind proposals, PMP, and PMP reading another image's prompts, on scenes: same budget, several seeds.
+"""Does prompt guidance help? Blind proposals, PMP, and PMP reading another image's prompts, on scenes, over seeds.
 
     python scripts/ablate_prompt_attention.py --seeds 3 --steps 1500           # trains what is not there yet, two runs at a time
     python scripts/ablate_prompt_attention.py --report                         # the tables of what is there
 
-Arms differ in ``--model.prompt_attention`` only: ``none``, ``pooled``, and ``shuffled``, which has PMP's parameters and layers but
-reads the prompts of another image: what it gains over ``none`` is not guidance. Every run is a ``pmpseg.fit`` of conf/pmp_scenes.yaml
-and leaves RUN/phrases.csv, one row a phrase, from which all tables are made; a stopped run is continued.
+Arms differ in ``--model.prompt_attention`` only: ``none``, ``pooled``, and ``shuffled``, which has PMP's parameters and
+layers but reads the prompts of another image: what it gains over ``none`` is not guidance. Every run is a ``pmpseg.fit`` of
+conf/pmp_scenes.yaml and leaves RUN/phrases.csv, one row a phrase, from which all tables are made; a stopped run is continued.
 
-A phrase is answered with one mask if its score is above a threshold. Thresholds are chosen on the validation split so that a given
-share of absent phrases is rightly answered with nothing, and applied to the test split: models are compared at the same accuracy
-there, or anyone could win by answering more. *Recall* is the best IoU of any query, chosen by the truth: what the proposals hold,
-apart from the selection.
+A phrase is answered with one mask if its score is above a threshold. Thresholds are chosen on the validation split so that a
+given share of absent phrases is rightly answered with nothing, and applied to the test split: models are compared at the same
+accuracy there, or anyone could win by answering more. *Recall* is the best IoU of any query, chosen by the truth: what the
+proposals hold, apart from the selection.
 """
 
 import argparse
@@ -164,7 +164,8 @@ def report(out: Path) -> None:
     if not runs:
         raise SystemExit(f"no runs in {out}: leave out --report")
     phrases = {arm: [Phrases(path) for path in paths] for arm, paths in runs.items()}
-    print("Runs: " + ", ".join(f"{arm} {len(paths)}" for arm, paths in runs.items()) + ". Percent; mean ± standard deviation over seeds.")
+    counts = ", ".join(f"{arm} {len(paths)}" for arm, paths in runs.items())
+    print(f"Runs: {counts}. Percent; mean ± standard deviation over seeds.")
 
     print("\nPhrase IoU on the test split at thresholds from validation, by the share of absent phrases answered with nothing")
     columns = {f"{a:.0%}": lambda p, a=a: p.mean_iou(p.threshold(a)) for a in ACCURACIES}
@@ -183,8 +184,9 @@ def report(out: Path) -> None:
     print_table(rows)
 
     print("\nRecall: the best IoU of any query, chosen by the truth")
-    rows = {arm: {n: [p.mean_recall(getattr(p, a) == v) for p in ps] for n, (a, v) in parts.items()} for arm, ps in phrases.items()}
+    rows = {}
     for arm, ps in phrases.items():
+        rows[arm] = {n: [p.mean_recall(getattr(p, a) == v) for p in ps] for n, (a, v) in parts.items()}
         rows[arm]["all"] = [p.mean_recall() for p in ps]
     print_table(rows)
 
@@ -201,7 +203,8 @@ def report(out: Path) -> None:
     for arm, paths in runs.items():
         histories = [json.loads(path.with_name("metrics.json").read_text())["history"] for path in paths]
         steps = [h["step"] for h in histories[0]]
-        print(f"  {arm:10} " + "  ".join(f"{s}: {100 * np.mean([h[i]['miou'] for h in histories]):.1f}" for i, s in enumerate(steps)))
+        means = [100 * np.mean([h[i]["miou"] for h in histories]) for i in range(len(steps))]
+        print(f"  {arm:10} " + "  ".join(f"{step}: {mean:.1f}" for step, mean in zip(steps, means, strict=True)))
 
 
 def csv_column(path: Path, name: str) -> list[str]:

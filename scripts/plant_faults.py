@@ -31,7 +31,7 @@ FAULTS = {
     "a query looks where it is blocked": ("models/query_decoder.py", "image, ~blocked[:, None])", "image, blocked[:, None])", "test_pmp.py"),
     "dice counts what is ignored": ("losses.py", "prob, truth = logits.sigmoid() * inside, truth * inside", "prob, truth = logits.sigmoid(), truth", "test_losses.py test_properties.py"),
     "matching forgets the masks' BCE": ("losses.py", 'self.weights["mask"] * bce', '0 * self.weights["mask"] * bce', "test_losses.py"),
-    "the normaliser is summed over ranks, not averaged": ("losses.py", "value = value / torch.distributed.get_world_size()", "value = value", "test_losses.py"),
+    "the normaliser is summed over ranks, not averaged": ("losses.py", "value = value / torch.distributed.get_world_size()", "value = value", "test_several_processes.py"),
     "few prompts are up to four": ("training/pmp.py", "torch.randint(1, 4, rows", "torch.randint(1, 5, rows", "test_training.py"),
     "run lengths row by row": ("rle.py", 'pixels = mask.astype(bool).ravel(order="F")', "pixels = mask.astype(bool).ravel()", "test_rle.py test_properties.py"),
     "images are padded at the left": (

@@ -299,7 +299,7 @@ def test_a_command_says_one_line_and_leaves_nothing(name, here):
     assert len(lines[0]) < 400, "too long to read"
     leftovers = [str(p.relative_to(here)) for p in here.rglob("*") if p.name.endswith(".tmp") or p.name.startswith(".model-")]
     assert leftovers == []
-    assert not list(here.rglob("predictions.json")) and not Path("run/model").is_dir() | Path("run/metrics.json").exists() or "instead" in name
+    assert (not list(here.rglob("predictions.json")) and not Path("run/model").is_dir() | Path("run/metrics.json").exists()) or "instead" in name
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -159,3 +159,13 @@ def test_targets_of_a_padded_image_lie_where_its_logits_do():
     good = loss(Prediction(perfect, names), padded, torch.ones(1, 1, dtype=torch.bool))["loss"]
     askew = loss(Prediction(perfect, names), masks, torch.ones(1, 1, dtype=torch.bool))["loss"]
     assert good < 0.3 < 10 * good < askew
+
+
+def test_the_masks_cross_entropy_takes_part_in_the_matching():
+    # Query 0 is a little unsure everywhere; query 1 overlaps more, but is utterly wrong about a tenth of the pixels.
+    logits = torch.full((1, 2, 10, 10), 0.5)
+    logits[0, 1], logits[0, 1, 0] = 10.0, -50.0
+    masks, present = torch.ones(1, 1, 10, 10), torch.ones(1, 1, dtype=torch.bool)
+    for weight, wanted in ((5.0, 0), (0.0, 1)):
+        _, query, _ = SetLoss(mask_weight=weight, num_points=2000).match(logits, torch.zeros(1, 2, 2), masks, present, masks)
+        assert query.tolist() == [wanted]

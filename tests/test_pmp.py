@@ -6,7 +6,7 @@ import torch
 from pmpseg.inference import answers, ask_one_by_one, semantic_labels, soft_masks, upsample
 from pmpseg.losses import SetLoss
 from pmpseg.models import PMP, Prediction, Prompts
-from pmpseg.models.query_decoder import PROMPT_ATTENTION, PROMPT_PLACE, sine_position
+from pmpseg.models.query_decoder import NAMED_BY, PROMPT_ATTENTION, PROMPT_PLACE, DecoderLayer, sine_position
 
 TINY = {"backbone": "test_resnet", "text_dim": 12, "dim": 32, "num_queries": 5, "num_layers": 3, "num_heads": 4, "ffn_dim": 32}
 
@@ -113,6 +113,53 @@ def test_words_matter_to_tokens_and_not_to_pooled():
 
 
 @torch.no_grad()
+def test_the_length_of_an_embedding_does_not_matter():
+    prompts = prompts_of()
+    scale = torch.tensor([1.0, 0.2, 5.0, 9.0])[:, None]
+    longer = Prompts(prompts.tokens * 3, prompts.token_valid, prompts.pooled * scale, prompts.valid)
+    network = build("pooled")
+    a, b = network(IMAGE, prompts), network(IMAGE, longer)
+    assert torch.allclose(a.class_logits, b.class_logits, atol=1e-4) and torch.allclose(a.mask_logits, b.mask_logits, atol=1e-4)
+
+
+@torch.no_grad()
+def test_queries_look_inside_their_masks_only_or_everywhere():
+    torch.manual_seed(0)
+    layer, query, image = DecoderLayer(16, 4, 16, None).eval(), torch.randn(1, 3, 16), torch.randn(1, 20, 16)
+    blocked = torch.zeros(1, 3, 20, dtype=torch.bool)
+    blocked[:, :, 5:] = True
+
+    def look(image):
+        return layer(query, torch.zeros(3, 16), image, torch.zeros(20, 16), blocked, None)
+
+    outside, inside = image.clone(), image.clone()
+    outside[:, 5:] += 1
+    inside[:, :5] += 1
+    assert torch.equal(look(image), look(outside)) and not torch.allclose(look(image), look(inside))
+    logits = torch.tensor([[[[3.0, -3.0]], [[-3.0, -3.0]]]])  # the second query's mask is empty
+    assert build().query_decoder._blocked(logits, torch.Size((1, 2))).tolist() == [[[False, True], [False, False]]]
+
+
+@torch.no_grad()
+def test_a_query_is_named_by_what_is_under_its_mask():
+    torch.manual_seed(0)
+    features, logits = torch.randn(1, 32, 4, 6), torch.full((1, 5, 4, 6), -30.0)
+    logits[:, :, :, :3] = 30.0
+    elsewhere = features.clone()
+    elsewhere[..., 3:] = 9.0
+    query = torch.randn(1, 5, 32)
+    for named_by in NAMED_BY:
+        decoder = PMP(**TINY, named_by=named_by).eval().query_decoder
+        found = decoder._evidence(query, logits, features)
+        assert torch.allclose(found, decoder._evidence(query, logits, elsewhere), atol=1e-5)
+        assert torch.allclose(found, decoder._evidence(query + 1, logits, features)) == (named_by == "mask")
+        assert torch.allclose(found, decoder._evidence(query, -logits, features)) == (named_by == "query")
+        if decoder.under_mask is not None:
+            wanted = decoder.under_mask(features[..., :3].mean((2, 3)))[:, None].expand(1, 5, -1)
+            assert torch.allclose(found if named_by == "mask" else found - query, wanted, atol=1e-4)
+
+
+@torch.no_grad()
 def test_an_image_does_not_see_its_neighbours():
     network, prompts = build(), prompts_of()
     alone = network(IMAGE[:1], Prompts(*(x[:1] for x in (prompts.tokens, prompts.token_valid, prompts.pooled, prompts.valid))))
@@ -127,10 +174,11 @@ def test_a_plain_tensor_is_a_list_of_pooled_prompts():
     assert torch.equal(a, network(IMAGE, shared.expand(2, -1, -1)).mask_logits)
 
 
+@pytest.mark.parametrize("named_by", NAMED_BY)
 @pytest.mark.parametrize("prompt_attention", PROMPT_ATTENTION)
-def test_every_parameter_learns_in_one_step(prompt_attention):
+def test_every_parameter_learns_in_one_step(prompt_attention, named_by):
     torch.manual_seed(0)
-    network = PMP(**TINY, prompt_attention=prompt_attention, pixel_head=True).train()
+    network = PMP(**TINY, prompt_attention=prompt_attention, named_by=named_by, pixel_head=True).train()
     masks = torch.rand(2, 4, 64, 96) > 0.5
     SetLoss(num_points=64, pixel_weight=1.0)(network(IMAGE, prompts_of()), masks, masks.flatten(2).any(-1))["loss"].backward()
     idle = [n for n, p in network.named_parameters() if p.requires_grad and (p.grad is None or not torch.isfinite(p.grad).all())]
@@ -161,6 +209,8 @@ def test_bad_images_are_named():
         network(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), prompts_of(1))
     with pytest.raises(ValueError, match="prompt_attention: got 'pool'"):
         PMP(**TINY, prompt_attention="pool")
+    with pytest.raises(ValueError, match="named_by: got 'words', want one of query, mask, both"):
+        PMP(**TINY, named_by="words")
     with pytest.raises(ValueError, match="prompt_place: got 'last', want one of first, after_image"):
         PMP(**TINY, prompt_place="last")
 
@@ -174,6 +224,12 @@ def test_chunks_of_classes_do_not_change_labels():
     masks = upsample(found.mask_logits, (64, 96)).sigmoid()
     scores = torch.einsum("bqk,bqhw->bkhw", found.class_logits.softmax(-1)[..., :-1], masks)
     assert torch.equal(whole, scores.argmax(1))
+
+
+def test_a_query_that_is_no_object_has_no_say_in_the_class_list():
+    masks = torch.full((1, 2, 8, 8), 20.0)  # both cover all
+    classes = torch.tensor([[[4.0, 0.0, 9.0], [0.0, 0.5, 0.0]]])  # the first is no object, or else class 0
+    assert (semantic_labels(Prediction(masks, classes), (32, 32)) == 1).all()
 
 
 @torch.no_grad()

@@ -21,7 +21,8 @@ SMALL = (
     "--trainer.log_every_n_steps 1 --trainer.enable_progress_bar false --trainer.accelerator cpu"
 ).split()
 BY_STEPS = "--trainer.max_steps 13 --trainer.val_check_interval 3".split()  # 5 batches make an epoch
-BY_EPOCHS = "--trainer.max_steps -1 --trainer.max_epochs 3 --trainer.val_check_interval 1.0 --trainer.check_val_every_n_epoch 2".split()
+BY_EPOCHS = "--trainer.max_steps -1 --trainer.max_epochs 3 --trainer.val_check_interval 1.0".split()
+BY_EPOCHS += "--trainer.check_val_every_n_epoch 2".split()
 ACCUMULATED = [*BY_STEPS, *"--trainer.max_steps 7 --trainer.accumulate_grad_batches 2".split()]
 
 
@@ -134,5 +135,6 @@ def test_leftovers_of_a_killed_process_go(tmp_path):
     for name in ("checkpoints/.last.ckpt.123.tmp", ".metrics.json.5.tmp", "checkpoints/last.ckpt", "metrics.json"):
         (tmp_path / name).write_text("x")
     clear_leftovers(tmp_path)
-    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == ["checkpoints/last.ckpt", "metrics.json"]
+    left = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
+    assert left == ["checkpoints/last.ckpt", "metrics.json"]
     assert not (tmp_path / ".model-abc").exists()

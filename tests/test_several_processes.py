@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from pmpseg import fit
+from pmpseg.losses import mean_over_ranks
 from pmpseg.training import PMPModule
 
 # No learning and no batch norm: the weights stay, so that the metrics of any number of processes are those of one network.
@@ -103,7 +104,7 @@ def folder_without_objects(root: Path) -> Path:
 @pytest.mark.parametrize("world", [2, 3])
 def test_a_process_without_an_object_neither_hangs_nor_lacks_gradients(world, tmp_path):
     root = folder_without_objects(tmp_path / "data")
-    data = f"--data pmpseg.data.FolderData --data.root {root} --data.image_size 32 --data.batch_size 1 --data.num_workers 0".split()
+    data = f"--data pmpseg.data.FolderData --data.root {root} --data.image_size 32 --data.batch_size 1".split()
     options = [*STILL, *data, "--model.lr", "0.001", "--trainer.max_steps", "6", "--trainer.val_check_interval", "3"]
     assert len(fit_on(world, tmp_path / "run", *options)["history"]) == 2
 
@@ -125,3 +126,20 @@ def test_devices_2_on_the_command_line(tmp_path):
     assert found.returncode == 0, found.stderr[-2000:]
     assert found.stdout.count("model: ") == 1  # one process speaks
     assert [h["step"] for h in json.loads((tmp_path / "run" / "metrics.json").read_text())["history"]] == [2]
+
+
+def average(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=3)
+    value = torch.tensor([rank, 6.0])
+    torch.save((mean_over_ranks(value), value), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@needs_fork
+def test_normalisers_are_means_over_the_processes(tmp_path):
+    torch.multiprocessing.start_processes(average, (str(tmp_path),), nprocs=3, start_method="fork")
+    for rank in range(3):
+        mean, value = torch.load(tmp_path / f"{rank}.pt")
+        assert mean.tolist() == [1, 6] and value.tolist() == [rank, 6]
+    assert mean_over_ranks(torch.tensor(4.0)) == 4  # one process

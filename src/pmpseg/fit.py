@@ -18,7 +18,15 @@ from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from pmpseg import cli
 from pmpseg.training.callbacks import BestCheckpoint, FiniteLoss, PlainProgressBar, RunRecord
 from pmpseg.training.cli import PmpsegCLI, keep_numbered
-from pmpseg.training.resume import LastCheckpoint, RunCSV, StepSeed, WholeCheckpoints, check_same_run, clear_leftovers, read_checkpoint
+from pmpseg.training.resume import (
+    LastCheckpoint,
+    RunCSV,
+    StepSeed,
+    WholeCheckpoints,
+    check_same_run,
+    clear_leftovers,
+    read_checkpoint,
+)
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -62,8 +70,8 @@ def main(args: Sequence[str] | None = None) -> Path:
 def _quieten() -> None:
     """Hides advice that no user of this command can act on; warnings about their own doing stay."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer warns when workers are forked after its use
-    patterns = "does not have many workers", "Checkpoint directory .* exists", "isinstance.*LeafSpec", "in eval mode at the start"
-    patterns += ("your dataloader is not resumable",)  # its sampler is
+    patterns = ["does not have many workers", "Checkpoint directory .* exists", "isinstance.*LeafSpec"]
+    patterns += ["in eval mode at the start", "your dataloader is not resumable"]  # its sampler is
     for pattern in patterns:
         warnings.filterwarnings("ignore", f".*{pattern}")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)

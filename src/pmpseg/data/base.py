@@ -46,11 +46,11 @@ class SegmentationData(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        least = {"image_size": (image_size, 1), "batch_size": (batch_size, 1), "eval_batch_size": (eval_batch_size, 1)}
-        least |= {"num_workers": (num_workers, 0), "seed": (seed, 0), "num_prompts": (1 if num_prompts is None else num_prompts, 1)}
-        for name, (value, smallest) in least.items():
-            if value < smallest:
-                raise InputError(f"{name}: got {value}, want {smallest} or more")
+        sizes = {"image_size": image_size, "num_prompts": num_prompts}
+        sizes |= {"batch_size": batch_size, "eval_batch_size": eval_batch_size}
+        for name, value in (sizes | {"num_workers": num_workers, "seed": seed}).items():
+            if value is not None and value < (name in sizes):
+                raise InputError(f"{name}: got {value}, want {int(name in sizes)} or more")
         self.image_size = image_size
         self.num_prompts = num_prompts
         self.batch_size = batch_size
@@ -91,7 +91,8 @@ class SegmentationData(LightningDataModule):
         dataset = self.dataset(split)
         _, world_size = _rank_and_world_size()
         if len(dataset) < world_size:  # a process without a batch would skip the evaluation that the others wait in
-            raise InputError(f"{len(dataset)} {split} images for {world_size} processes: give each at least one, or use fewer devices")
+            few = f"{len(dataset)} {split} images for {world_size} processes"
+            raise InputError(f"{few}: give each at least one, or use fewer devices")
         return self._loader(dataset, UnpaddedSampler(dataset), self.eval_batch_size, drop_last=False)
 
     def _loader(

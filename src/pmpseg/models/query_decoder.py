@@ -2,7 +2,8 @@
 
 Sources: masked attention, layer order and deep supervision from Mask2Former (arXiv 2112.01527, sec. 3.2); the cross-attention
 between text tokens and query tokens in every layer from PMP (arXiv 2412.10292), whose placement and form are unpublished and
-ours (``prompt_place``). Naming by cosine to text embeddings with a learnable "no object" follows OVSeg (arXiv 2210.04150, sec. 3.1).
+ours (``prompt_place``). Naming by cosine to text embeddings with a learnable "no object" follows OVSeg (arXiv 2210.04150,
+sec. 3.1), from features under the mask FC-CLIP (arXiv 2308.02487, sec. 3.3).
 
 Letters: B images, Q queries, K prompts, T tokens a prompt, D decoder width, E text width.
 """
@@ -43,9 +44,11 @@ class QueryDecoder(nn.Module):
     ``prompt_place``: ``first`` in every layer, before the mask is predicted that steers the layer's image attention, so that no
     look at the image is blind; or ``after_image``, where a query knows what it has just seen.
 
-    ``named_by``: the ``query``, as in Mask2Former; the image features under its ``mask``; or ``both``, as in FC-CLIP. A query that
-    has read a prompt can repeat it whatever is there; what is under the mask can not.
+    ``named_by``: the ``query``, as in Mask2Former; the image features under its ``mask``; or ``both``, as in FC-CLIP. A query
+    that has read a prompt can repeat it whatever is there; what is under the mask cannot.
     """
+
+    strangers: Tensor
 
     def __init__(
         self,
@@ -73,7 +76,6 @@ class QueryDecoder(nn.Module):
         if named_by not in NAMED_BY:
             raise InputError(f"named_by: got {named_by!r}, want one of {', '.join(NAMED_BY)}")
         self.prompt_attention, self.named_by = prompt_attention, named_by
-        self.strangers: Tensor
         self.query = nn.Parameter(torch.randn(num_queries, dim) * 0.02)
         self.query_position = nn.Parameter(torch.randn(num_queries, dim) * 0.02)
         self.level_embedding = nn.Parameter(torch.randn(3, dim) * 0.02)
@@ -106,9 +108,11 @@ class QueryDecoder(nn.Module):
 
         query = self.query.expand(batch, -1, -1)  # (B, Q, D)
         outputs: list[tuple[Tensor, Tensor]] = []
-        for i, layer in enumerate(self.layers):
+        layer: DecoderLayer
+        for i, layer in enumerate(self.layers):  # type: ignore[assignment]
             at = i % len(levels)
-            query = layer.read_first(query, self.query_position, text)
+            if layer.prompt_place == "first":  # before the mask that steers the next look
+                query = layer.read(query, self.query_position, text)
             outputs.append(self._predict(query, features.mask_features, names, prompts.valid))
             blocked = self._blocked(outputs[-1][0], features.levels[at].shape[-2:])
             query = layer(query, self.query_position, levels[at], positions[at], blocked, text)
@@ -201,16 +205,12 @@ class DecoderLayer(nn.Module):
         seen = self.image_attention(query + query_position, image + image_position, image, ~blocked[:, None])
         query = self.image_norm(query + seen)
         if self.prompt_place == "after_image":
-            query = self._read(query, query_position, text)
+            query = self.read(query, query_position, text)
         at = query + query_position
         query = self.self_norm(query + self.self_attention(at, at, query))
         return self.ffn_norm(query + self.ffn(query))
 
-    def read_first(self, query: Tensor, query_position: Tensor, text: tuple[Tensor, Tensor] | None) -> Tensor:
-        """The prompt attention of ``prompt_place`` "first": before the mask is predicted that steers the image attention."""
-        return self._read(query, query_position, text) if self.prompt_place == "first" else query
-
-    def _read(self, query: Tensor, query_position: Tensor, text: tuple[Tensor, Tensor] | None) -> Tensor:
+    def read(self, query: Tensor, query_position: Tensor, text: tuple[Tensor, Tensor] | None) -> Tensor:
         if self.prompt_attention is None or text is None:
             return query
         tokens, valid = text

@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressB
 from PIL import Image
 
 from pmpseg.cli import whole_file
-from pmpseg.errors import InputError
 from pmpseg.drawing import Row, panel
+from pmpseg.errors import InputError
 from pmpseg.evaluation import best_threshold, numbers
 from pmpseg.segmenter import Segmenter
 
@@ -40,10 +40,10 @@ class FiniteLoss(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
         loss, step = outputs["loss"], trainer.global_step
-        if loss.device.type == "cpu" or step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            if not torch.isfinite(loss):
-                advice = f"lower model.lr (now {pl_module.hparams.get('lr')}), or look for broken images and masks"
-                raise InputError(f"the loss is {loss.item()} at step {step}: {advice}; last.ckpt is from before")
+        look = loss.device.type == "cpu" or step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        if look and not torch.isfinite(loss):
+            advice = f"lower model.lr (now {pl_module.hparams.get('lr')}), or look for broken images and masks"
+            raise InputError(f"the loss is {loss.item()} at step {step}: {advice}; last.ckpt is from before")
 
 
 class PlainProgressBar(TQDMProgressBar):

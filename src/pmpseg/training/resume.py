@@ -34,8 +34,8 @@ from pmpseg.errors import InputError
 CONFIG = "pmpseg_config"  # the key of a checkpoint under which the run's configuration stands, as JSON
 ROW = "pmpseg_row"  # and the row of metrics.csv that Lightning had not written when it was saved, or nothing
 # Beside model, data and seed, what decides how a run goes on. Longer or shorter is allowed, and said.
-TRAINER_KEYS = ("accumulate_grad_batches", "devices", "gradient_clip_algorithm", "gradient_clip_val", "limit_train_batches")
-TRAINER_KEYS += ("num_nodes", "overfit_batches", "precision", "sync_batchnorm")
+TRAINER_KEYS = {"accumulate_grad_batches", "devices", "gradient_clip_algorithm", "gradient_clip_val", "limit_train_batches"}
+TRAINER_KEYS |= {"num_nodes", "overfit_batches", "precision", "sync_batchnorm"}
 LENGTH_KEYS = ("trainer.max_steps", "trainer.max_epochs")
 FREE = ("data.init_args.num_workers", "data.init_args.eval_batch_size")
 
@@ -179,8 +179,5 @@ def _decisive(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
         key = f"{prefix}{name}"
         if isinstance(value, Mapping):
             yield from _decisive(value, f"{key}.")
-        elif key in LENGTH_KEYS or key in {f"trainer.{k}" for k in TRAINER_KEYS}:
+        elif key in LENGTH_KEYS or key == "seed_everything" or key.removeprefix("trainer.") in TRAINER_KEYS or (key.startswith(("model.", "data.")) and key not in FREE):
             yield key, value
-        elif key.startswith(("model.", "data.")) or key == "seed_everything":
-            if key not in FREE:
-                yield key, value
