@@ -179,5 +179,11 @@ def _decisive(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
         key = f"{prefix}{name}"
         if isinstance(value, Mapping):
             yield from _decisive(value, f"{key}.")
-        elif key in LENGTH_KEYS or key == "seed_everything" or key.removeprefix("trainer.") in TRAINER_KEYS or (key.startswith(("model.", "data.")) and key not in FREE):
+        elif _is_decisive(key):
             yield key, value
+
+
+def _is_decisive(key: str) -> bool:
+    if key.startswith(("model.", "data.")):
+        return key not in FREE
+    return key == "seed_everything" or key in LENGTH_KEYS or key.removeprefix("trainer.") in TRAINER_KEYS
