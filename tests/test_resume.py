@@ -2,9 +2,12 @@
 
 import csv
 import json
+import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +15,7 @@ from pmpseg import Segmenter, fit
 from pmpseg.data import Scenes
 from pmpseg.data.base import EpochSampler
 from pmpseg.errors import InputError
-from pmpseg.training.resume import LastCheckpoint, clear_leftovers
+from pmpseg.training.resume import LastCheckpoint, StepSeed, clear_leftovers
 
 SMALL = (
     "--model.backbone test_resnet --model.dim 32 --model.num_queries 6 --model.num_layers 2 --model.num_heads 4 "
@@ -68,6 +71,19 @@ def test_the_steps_of_a_run_are_not_all_alike(tmp_path):
     assert len(set(found.values())) == 10  # neither data nor points repeat, although the weights stay
     other = losses(run(tmp_path / "other", *BY_STEPS, "--model.lr", "0", "--trainer.max_steps", "10", "--seed_everything", "1"))
     assert not set(found.values()) & set(other.values())
+
+
+def test_a_steps_randomness_comes_from_seed_batch_and_rank_alone():
+    def drawn(seed, number, rank):
+        trainer = SimpleNamespace(fit_loop=SimpleNamespace(total_batch_idx=number), global_rank=rank)
+        torch.rand(3)  # whatever was drawn before
+        StepSeed(seed).on_train_batch_start(trainer, None, None, 0)
+        return float(torch.rand(())), float(np.random.rand()), random.random()
+
+    places = [(0, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 0)]
+    found = [drawn(*place) for place in places]
+    assert found == [drawn(*place) for place in places]
+    assert all(len({draws[kind] for draws in found}) == 4 for kind in range(3))
 
 
 def test_a_sampler_goes_on_where_it_stopped():
