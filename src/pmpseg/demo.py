@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pmpseg import cli
-from pmpseg.drawing import Row, write_page
+from pmpseg.drawing import Row, iou_caption, write_page
 
 SHOWN = {
     "miou_seen": "mIoU of classes seen in training (30 colour-shape pairs and 6 kinds of stuff)",
@@ -58,8 +58,6 @@ def main(args: Sequence[str] | None = None) -> Path:
 
 def phrase_rows(segmenter: Any, dataset: Any, count: int) -> list[Row]:
     """A phrase of each kind in turn, from test scenes about seen things, unseen combinations and unseen words in turn."""
-    from pmpseg.training.callbacks import iou_caption
-
     kinds = ("attributes", "relation", "part", "group", "thing", "stuff", "absent")
     rows: list[Row] = []
     for index in range(len(dataset)):

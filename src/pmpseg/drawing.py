@@ -239,3 +239,10 @@ def _to_pil(image: Picture) -> Image.Image:
         wanted = "a PIL image or uint8 (H, W, 3) or (H, W)"
         raise InputError(f"an image to draw must be {wanted}, got {image.dtype} {image.shape}")
     return Image.fromarray(image).convert("RGB")
+
+
+def iou_caption(mask: Any, truth: Any) -> str:
+    """"IoU 93", or what is right and wrong where there is nothing to find."""
+    if not truth.any():
+        return "nothing to find: " + ("found something" if mask.any() else "right, found nothing")
+    return f"IoU {100 * (mask & truth).sum() / (mask | truth).sum():.0f}"

@@ -130,10 +130,3 @@ def example_rows(segmenter: Segmenter, dataset: Any, count: int) -> list[Row]:
         mask = segmenter.segment(image, [prompt]).mask(0)
         rows.append(Row(image, f"“{prompt}”", truth, mask, iou_caption(mask, truth)))
     return rows
-
-
-def iou_caption(mask: Any, truth: Any) -> str:
-    """"IoU 93", or what is right and wrong where there is nothing to find."""
-    if not truth.any():
-        return "nothing to find: " + ("found something" if mask.any() else "right, found nothing")
-    return f"IoU {100 * (mask & truth).sum() / (mask | truth).sum():.0f}"

@@ -22,15 +22,34 @@ class PMPModule(LightningModule):
     """PMP with its frozen text side, its loss and its metrics. What the classes are comes from the data module.
 
     Args:
-        text: Hugging Face folder or hub id of a CLIP or a sentence encoder; ``tiny_clip`` is the one that ships with pmpseg.
+        text: Hugging Face folder or hub id of a CLIP or a sentence encoder; "tiny_clip" ships with pmpseg.
         templates: each phrase is put into all of them and the embeddings averaged.
-        backbone, backbone_weights, backbone_frozen, backbone_mean, backbone_std: see ``models.backbone.build_backbone``.
-        dim, num_queries, num_layers, num_heads, ffn_dim, prompt_attention, prompt_place, named_by: see ``models.pmp.PMP``.
-        few_prompts: share of training images whose queries are asked one to three of the prompts only, as users ask; a pixel loss
-            sees all of them nevertheless.
-        lr, backbone_lr_factor, weight_decay, warmup_steps: AdamW with a linear warm-up and a cosine to zero; the pretrained
-            part of the backbone learns ``backbone_lr_factor`` times as fast.
-        class_weight, mask_weight, dice_weight, no_object_weight, num_points, pixel_weight: see ``losses.SetLoss``.
+        backbone: "clip", "conv" (small, for training from scratch), or any timm name.
+        backbone_weights: null (random), "timm", a hub id, or a local file or folder.
+        backbone_frozen: leave the pretrained part of the backbone as it is.
+        backbone_mean: of images in [0, 1], where it differs from what the name was trained with.
+        backbone_std: likewise.
+        dim: width of the decoders; Mask2Former has 256.
+        num_queries: masks proposed for an image; Mask2Former has 100.
+        num_layers: of the query decoder; Mask2Former has 9.
+        num_heads: of its attentions.
+        ffn_dim: of its feed-forward parts; Mask2Former has 2048.
+        prompt_attention: what queries read of a prompt in every layer: one pooled embedding, its word tokens, none of it (blind
+            proposals), or, as a control, another image's (shuffled).
+        prompt_place: whether they read first in a layer, or after their look at the image.
+        named_by: what a query is named by: itself, the image features under its mask, or both.
+        few_prompts: share of training images whose queries are asked one to three of the prompts only, as users ask; a pixel
+            loss sees all of them nevertheless.
+        lr: of AdamW, after a linear warm-up; then it falls to zero as a cosine.
+        backbone_lr_factor: how much slower the pretrained part of the backbone learns.
+        weight_decay: of matrices; norms, biases and embeddings have none.
+        warmup_steps: steps of the warm-up.
+        class_weight: of the loss on names, as in Mask2Former.
+        mask_weight: of the binary cross-entropy of masks.
+        dice_weight: of their dice loss.
+        no_object_weight: of queries that match nothing, in the loss on names.
+        num_points: points at which a mask is judged; Mask2Former has 12,544.
+        pixel_weight: of a further loss that names every pixel directly; 0 leaves it out.
         threshold: of phrase scores, in validation; the model that a run saves has one chosen on the validation split.
     """
 
