@@ -241,7 +241,7 @@ def _to_pil(image: Picture) -> Image.Image:
     return Image.fromarray(image).convert("RGB")
 
 
-def iou_caption(mask: Any, truth: Any) -> str:
+def iou_caption(mask: np.ndarray, truth: np.ndarray) -> str:
     """"IoU 93", or what is right and wrong where there is nothing to find."""
     if not truth.any():
         return "nothing to find: " + ("found something" if mask.any() else "right, found nothing")

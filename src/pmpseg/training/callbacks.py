@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressB
 from PIL import Image
 
 from pmpseg.cli import whole_file
-from pmpseg.drawing import Row, panel
+from pmpseg.drawing import Row, iou_caption, panel
 from pmpseg.errors import InputError
 from pmpseg.evaluation import best_threshold, numbers
 from pmpseg.segmenter import Segmenter
