@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from pmpseg import fit
 
@@ -53,7 +54,11 @@ def main() -> None:
                 how = stop(start(root, workers), root, seconds / args.kills, while_saving=kill % 2 == 1)
                 print(f"  run {n}, kill {kill + 1}: {how}", flush=True)
             start(root, workers).join()
-            same_losses, same_model = losses(root) == wanted, model(root) == weights
+            found = losses(root)
+            different = [step for step in sorted(wanted.keys() | found.keys()) if wanted.get(step) != found.get(step)]
+            same_losses, same_model = not different, same(model(root), weights)
+            for step in different[:3]:
+                print(f"  step {step}: wanted {wanted.get(step)}, got {found.get(step)}")
             left = [p.name for p in root.rglob(".*")]
             wrong += not (same_losses and same_model and not left)
             words = ["DIFFERS", "equal"]
@@ -101,8 +106,14 @@ def losses(root: Path) -> dict[int, list[str]]:
     return {int(row["step"]): [row[f"train/{name}"] for name in ("loss", "class", "mask", "dice")] for row in rows}
 
 
-def model(root: Path) -> bytes:
-    return (root / "model" / "model.safetensors").read_bytes()
+def model(root: Path) -> dict[str, torch.Tensor]:
+    """The weights that the run left: those of the best validation and those of the last step."""
+    last = torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    return load_file(root / "model" / "model.safetensors") | {f"last.{name}": value for name, value in last.items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def prediction(module: PMPModule, data: Any, repeat: int) -> None:
     image = pad_to_stride(item["image"][None].float() / 255)
     prompts = [p for p in item["prompts"] if p] or list(data.vocabulary.names)
     for _ in range(repeat):
-        module.text._cache.clear()
+        module.text.forget()
         with clock(f"text, {len(prompts)} prompts"):
             encoded = module.text.encode(prompts)
         with clock("backbone"):

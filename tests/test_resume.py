@@ -36,6 +36,10 @@ def losses(root: Path) -> dict[int, tuple[float, ...]]:
     return {int(row["step"]): tuple(float(row[f"train/{k}"]) for k in ("loss", "class", "mask", "dice")) for row in rows}
 
 
+def last_weights(root: Path) -> dict[str, torch.Tensor]:
+    return torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
 def run(root: Path, *options: str) -> Path:
     return fit.main([*SMALL, "--trainer.default_root_dir", str(root), *options])
 
@@ -54,7 +58,7 @@ def test_from_every_checkpoint_the_run_ends_the_same(how, tmp_path, monkeypatch)
 
     monkeypatch.setattr(LastCheckpoint, "_save", save_and_copy)
     run(whole, *how, "--save_every", "1")
-    wanted, weights = losses(whole), Segmenter.load(whole / "model").network.state_dict()
+    wanted, weights, end = losses(whole), Segmenter.load(whole / "model").network.state_dict(), last_weights(whole)
     history = json.loads((whole / "metrics.json").read_text())["history"]
     last = 7 if how is ACCUMULATED else 13 if how is BY_STEPS else 15
     assert {int(copy.name[-3:]) for copy in copies} == set(range(1, last + 1))
@@ -63,6 +67,8 @@ def test_from_every_checkpoint_the_run_ends_the_same(how, tmp_path, monkeypatch)
         assert losses(copy) == wanted, copy.name
         found = Segmenter.load(copy / "model").network.state_dict()
         assert all(torch.equal(found[k], v) for k, v in weights.items()), copy.name
+        found = last_weights(copy)
+        assert all(torch.equal(found[k], v) for k, v in end.items()), copy.name
         assert json.loads((copy / "metrics.json").read_text())["history"] == history, copy.name
 
 

@@ -76,6 +76,10 @@ class TextEncoder(nn.Module):
         self.eval()
         self._cache: dict[tuple[tuple[str, ...], Phrase], tuple[Tensor, Tensor]] = {}
 
+    def forget(self) -> None:
+        """Empties the cache. An embedding's last bit depends on what it was encoded together with, and so on the cache."""
+        self._cache.clear()
+
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device

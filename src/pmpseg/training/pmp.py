@@ -143,6 +143,7 @@ class PMPModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.text.forget()  # as a run that is continued from here does
         learned = {name for name, p in self.named_parameters() if p.requires_grad} | {name for name, _ in self.named_buffers()}
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {k: v for k, v in state.items() if k in learned and not k.startswith("text.")}

@@ -1,10 +1,11 @@
 """Stop and continue: a run that was killed anywhere goes on from ``last.ckpt`` as if it had never stopped.
 
-Four things make it so, since Lightning alone falls short of it:
+Five things make it so, since Lightning alone falls short of it:
 
 - a checkpoint takes the place of the one before in a single rename, so there is always a whole one (``WholeCheckpoints``);
 - ``last.ckpt`` is written every few steps, with the logs flushed, and never where Lightning would go on wrongly
   (``LastCheckpoint``);
+- what a run remembers besides its weights starts afresh at each checkpoint (the cache of ``TextEncoder``);
 - everything random in a training step comes from (seed, batch number, rank), so no random state has to be saved (``StepSeed``);
 - the data module saves how many batches were taken, and its sampler goes on from there (``data.base``).
 
