@@ -15,6 +15,7 @@ from pmpseg import Segmenter, fit
 from pmpseg.data import Scenes
 from pmpseg.data.base import EpochSampler
 from pmpseg.errors import InputError
+from pmpseg.training import PMPModule
 from pmpseg.training.resume import LastCheckpoint, StepSeed, clear_leftovers
 
 SMALL = (
@@ -90,6 +91,14 @@ def test_a_steps_randomness_comes_from_seed_batch_and_rank_alone():
     found = [drawn(*place) for place in places]
     assert found == [drawn(*place) for place in places]
     assert all(len({draws[kind] for draws in found}) == 4 for kind in range(3))
+
+
+def test_what_a_run_remembers_starts_afresh_at_a_checkpoint(tmp_path, monkeypatch):
+    cached = []
+    save = PMPModule.on_save_checkpoint
+    monkeypatch.setattr(PMPModule, "on_save_checkpoint", lambda self, c: (save(self, c), cached.append(len(self.text._cache))))
+    run(tmp_path, "--trainer.max_steps", "2", "--save_every", "1")
+    assert cached == [0, 0]
 
 
 def test_a_sampler_goes_on_where_it_stopped():
