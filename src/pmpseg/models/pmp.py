@@ -26,7 +26,7 @@ class PMP(nn.Module):
         backbone_frozen: leave the pretrained part of the backbone as it is.
         backbone_mean, backbone_std: of images in [0, 1], where they differ from what the name was trained with.
         dim, num_queries, num_layers, num_heads, ffn_dim: of the decoders; Mask2Former has 256, 100, 9, 8, 2048.
-        prompt_attention, prompt_place, named_by: see ``QueryDecoder``; ``none`` for blind proposals.
+        prompt_attention, prompt_place, named_by, mask_pooling: see ``QueryDecoder``; ``none`` for blind proposals.
         pixel_head: also name every pixel in training, for an auxiliary loss.
     """
 
@@ -47,6 +47,7 @@ class PMP(nn.Module):
         prompt_attention: str = "pooled",
         prompt_place: str = "first",
         named_by: str = "mask",
+        mask_pooling: str = "soft",
         pixel_head: bool = False,
     ) -> None:
         super().__init__()
@@ -55,7 +56,7 @@ class PMP(nn.Module):
         )
         self.pixel_decoder = FPN(list(self.backbone.channels), dim)
         self.query_decoder = QueryDecoder(
-            dim, text_dim, num_queries, num_layers, num_heads, ffn_dim, prompt_attention, prompt_place, named_by, pixel_head
+            dim, text_dim, num_queries, num_layers, num_heads, ffn_dim, prompt_attention, prompt_place, named_by, mask_pooling, pixel_head
         )
         #: The arguments that rebuild this network with no weights at hand, as plain JSON values.
         self.config = {
@@ -71,6 +72,7 @@ class PMP(nn.Module):
             "prompt_attention": prompt_attention,
             "prompt_place": prompt_place,
             "named_by": named_by,
+            "mask_pooling": mask_pooling,
             "pixel_head": pixel_head,
         }
 

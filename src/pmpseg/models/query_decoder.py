@@ -22,6 +22,7 @@ from .prompts import Prediction, Prompts
 PROMPT_ATTENTION = ("none", "pooled", "tokens", "shuffled")
 PROMPT_PLACE = ("first", "after_image")
 NAMED_BY = ("query", "mask", "both")
+MASK_POOLING = ("soft", "hard")
 STRANGERS = 256  # prompts that "shuffled" keeps to read from when it is asked about a single image
 
 
@@ -45,7 +46,9 @@ class QueryDecoder(nn.Module):
     look at the image is blind; or ``after_image``, where a query knows what it has just seen.
 
     ``named_by``: the ``query``, as in Mask2Former; the image features under its ``mask``; or ``both``, as in FC-CLIP. A query
-    that has read a prompt can repeat it whatever is there; what is under the mask cannot.
+    that has read a prompt can repeat it whatever is there; what is under the mask cannot. ``mask_pooling``: the mean weighted by
+    the mask's probability, ``soft``, or over the pixels above one half, ``hard``, as FC-CLIP has it: a thin thing in a large image
+    is not drowned by the little that the mask has everywhere.
     """
 
     strangers: Tensor
@@ -61,6 +64,7 @@ class QueryDecoder(nn.Module):
         prompt_attention: str = "pooled",
         prompt_place: str = "first",
         named_by: str = "mask",
+        mask_pooling: str = "soft",
         pixel_head: bool = False,
     ) -> None:
         super().__init__()
@@ -75,7 +79,9 @@ class QueryDecoder(nn.Module):
             raise InputError(f"prompt_place: got {prompt_place!r}, want one of {', '.join(PROMPT_PLACE)}")
         if named_by not in NAMED_BY:
             raise InputError(f"named_by: got {named_by!r}, want one of {', '.join(NAMED_BY)}")
-        self.prompt_attention, self.named_by = prompt_attention, named_by
+        if mask_pooling not in MASK_POOLING:
+            raise InputError(f"mask_pooling: got {mask_pooling!r}, want one of {', '.join(MASK_POOLING)}")
+        self.prompt_attention, self.named_by, self.mask_pooling = prompt_attention, named_by, mask_pooling
         self.query = nn.Parameter(torch.randn(num_queries, dim) * 0.02)
         self.query_position = nn.Parameter(torch.randn(num_queries, dim) * 0.02)
         self.level_embedding = nn.Parameter(torch.randn(3, dim) * 0.02)
@@ -161,6 +167,9 @@ class QueryDecoder(nn.Module):
         if self.under_mask is None:
             return query
         inside = mask_logits.detach().sigmoid()
+        if self.mask_pooling == "hard":
+            above = (inside > 0.5).to(inside.dtype)
+            inside = torch.where(above.flatten(2).any(-1)[..., None, None], above, inside)
         mean = torch.einsum("bqhw,bdhw->bqd", inside, mask_features) / inside.flatten(2).sum(-1, keepdim=True).clamp(min=1e-3)
         seen = self.under_mask(mean)
         return seen if self.named_by == "mask" else query + seen

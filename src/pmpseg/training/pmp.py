@@ -38,6 +38,7 @@ class PMPModule(LightningModule):
             proposals), or, as a control, another image's (shuffled).
         prompt_place: whether they read first in a layer, or after their look at the image.
         named_by: what a query is named by: itself, the image features under its mask, or both.
+        mask_pooling: whether those features are weighted by the mask's probability (soft), or those above one half count (hard).
         few_prompts: share of training images whose queries are asked one to three of the prompts only, as users ask; a pixel
             loss sees all of them nevertheless.
         lr: of AdamW, after a linear warm-up; then it falls to zero as a cosine.
@@ -70,6 +71,7 @@ class PMPModule(LightningModule):
         prompt_attention: Literal["none", "pooled", "tokens", "shuffled"] = "pooled",
         prompt_place: Literal["first", "after_image"] = "first",
         named_by: Literal["query", "mask", "both"] = "mask",
+        mask_pooling: Literal["soft", "hard"] = "soft",
         few_prompts: float = 0.0,
         lr: float = 1e-3,
         backbone_lr_factor: float = 0.3,
@@ -103,6 +105,7 @@ class PMPModule(LightningModule):
             prompt_attention=prompt_attention,
             prompt_place=prompt_place,
             named_by=named_by,
+            mask_pooling=mask_pooling,
             pixel_head=pixel_weight > 0,
         )
         self.network.to(memory_format=torch.channels_last)  # several times faster for depthwise convolutions on CPUs
