@@ -27,6 +27,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from pmpseg.cli import whole_file
+
 ARMS = {"blind": "none", "pmp": "pooled", "shuffled": "shuffled"}
 ACCURACIES = (0.5, 0.6, 0.7, 0.8, 0.9)
 MATCHED = 0.7  # the column that tables by granularity are made at
@@ -62,6 +64,10 @@ def run(arm: str, seed: int, args: argparse.Namespace) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     environment |= {"MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "1000000000"}
     folder.mkdir(parents=True, exist_ok=True)
+    settings, kept = json.dumps({"steps": args.steps, "test": args.test, "options": args.options}), folder / "settings.json"
+    if kept.exists() and kept.read_text() != settings:
+        raise SystemExit(f"{folder} was made with {kept.read_text()}, now asked for {settings}: give another --out")
+    kept.write_text(settings)
     with (folder / "log.txt").open("a") as log:
         if not (folder / "model").exists():
             command = [sys.executable, "-m", "pmpseg.fit", "-c", str(ROOT / "conf/pmp_scenes.yaml")]
@@ -100,6 +106,8 @@ def score(folder: Path, test: int) -> None:
             image = item["image"][None].float() / 255
             size = (image.shape[-2], image.shape[-1])
             asked = [k for k, phrase in enumerate(item["prompts"]) if phrase]
+            # In any order: present ones come first in an item, and what "shuffled" reads depends on the place.
+            asked = list(np.random.default_rng(index).permutation(asked))
             prompts = segmenter.text.encode([item["prompts"][k] for k in asked]).one_by_one()
             features: Features = network.encode(image)
             prediction = network.decode(features.repeat(len(asked)), prompts)
@@ -118,7 +126,7 @@ def score(folder: Path, test: int) -> None:
     numbers = {k: classes[k] for k in ("miou_seen", "miou_combination", "miou_word")}
     numbers |= {"parameters": sum(p.numel() for p in network.parameters())}
     (folder / "scores.json").write_text(json.dumps(numbers, indent=1) + "\n")
-    with (folder / "phrases.csv").open("w", newline="") as file:
+    with whole_file(folder / "phrases.csv") as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

@@ -57,6 +57,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args()
     chosen = [name for name in FAULTS if not args.only or args.only in name]
+    for tests in sorted({FAULTS[name][3] for name in chosen}):
+        if failed := run_tests("", "", "", tests):
+            raise SystemExit(f"{tests} fails without a fault ({failed}): mend that first")
     with ThreadPoolExecutor(args.jobs) as pool:
         found = dict(zip(chosen, pool.map(plant, chosen), strict=True))
     missed = [name for name, test in found.items() if not test]
@@ -66,24 +69,30 @@ def main() -> None:
 
 def plant(name: str) -> str:
     """The first test that fails, or "" if none does."""
-    file, old, new, tests = FAULTS[name]
+    failed = run_tests(*FAULTS[name])
+    print(f"{'caught ' if failed else 'MISSED '} {name}: {failed or 'no test failed'}", flush=True)
+    return failed
+
+
+def run_tests(file: str, old: str, new: str, tests: str) -> str:
+    """The first failing test in a copy of the code in which ``new`` stands for ``old``; "" where all pass."""
     with tempfile.TemporaryDirectory() as folder:
         for part in ("src", "tests", "conf", "setup.cfg", "pyproject.toml"):
             copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
             copy(ROOT / part, Path(folder, part))
-        path = Path(folder, "src/pmpseg", file)
-        text = path.read_text()
-        if text.count(old) != 1:
-            raise SystemExit(f"{name}: {file} no longer has exactly one {old!r}: mend the list in {__file__}")
-        path.write_text(text.replace(old, new))
+        if file:
+            path = Path(folder, "src/pmpseg", file)
+            text = path.read_text()
+            if text.count(old) != 1:
+                raise SystemExit(f"{file} no longer has exactly one {old!r}: mend the list in {__file__}")
+            path.write_text(text.replace(old, new))
         shared = os.environ.get("PMPSEG_SHARED", str(ROOT.parent / "shared"))
         environment = os.environ | {"PYTHONPATH": f"{folder}/src", "PMPSEG_SHARED": shared, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *(f"tests/{t}" for t in tests.split())]
         ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     failed = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(\S+)", ran.stdout, re.M)
     if ran.returncode not in (0, 1) or (ran.returncode and not failed):
-        raise SystemExit(f"{name}: pytest ended with {ran.returncode}\n{ran.stdout[-2000:]}")
-    print(f"{'caught ' if failed else 'MISSED '} {name}: {failed[1] if failed else 'no test failed'}", flush=True)
+        raise SystemExit(f"{tests}: pytest ended with {ran.returncode}\n{ran.stdout[-2000:]}")
     return failed[1] if failed else ""
 
 

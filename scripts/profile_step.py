@@ -57,7 +57,7 @@ def training(module: PMPModule, data: Any, repeat: int) -> None:
         with clock("backbone"):
             maps = network.backbone(batch["image"].float() / 255)
         with clock("pixel decoder"):
-            features = Features(*network.pixel_decoder(maps))
+            features = Features(*network.pixel_decoder(maps), torch.ones(()))
         with clock("query decoder"):
             prediction = network.decode(features, prompts)
         with clock("matching and loss"):
@@ -84,7 +84,7 @@ def prediction(module: PMPModule, data: Any, repeat: int) -> None:
         with clock("backbone"):
             maps = network.backbone(image)
         with clock("pixel decoder"):
-            features = Features(*network.pixel_decoder(maps))
+            features = Features(*network.pixel_decoder(maps), torch.ones(()))
         with clock(f"decoder, {len(prompts)} times"):
             soft, _ = ask_one_by_one(network, features, encoded)
         with clock("masks at image size"):

@@ -6,7 +6,7 @@ import torch
 from pmpseg.inference import answers, ask_one_by_one, semantic_labels, soft_masks, upsample
 from pmpseg.losses import SetLoss
 from pmpseg.models import PMP, Prediction, Prompts
-from pmpseg.models.query_decoder import NAMED_BY, PROMPT_ATTENTION, PROMPT_PLACE, DecoderLayer, sine_position
+from pmpseg.models.query_decoder import NAMED_BY, PROMPT_ATTENTION, PROMPT_PLACE, DecoderLayer, Features, sine_position
 
 TINY = {"backbone": "test_resnet", "text_dim": 12, "dim": 32, "num_queries": 5, "num_layers": 3, "num_heads": 4, "ffn_dim": 32}
 
@@ -143,10 +143,13 @@ def test_queries_look_inside_their_masks_only_or_everywhere():
 @torch.no_grad()
 def test_a_query_is_named_by_what_is_under_its_mask():
     torch.manual_seed(0)
-    features, logits = torch.randn(1, 32, 4, 6), torch.full((1, 5, 4, 6), -30.0)
+    maps, logits, area = torch.randn(1, 32, 4, 6), torch.full((1, 5, 4, 6), -30.0), torch.ones(4, 6)
     logits[:, :, :, :3] = 30.0
-    elsewhere = features.clone()
+    area[3] = 0  # padding
+    elsewhere = maps.clone()
     elsewhere[..., 3:] = 9.0
+    elsewhere[:, :, 3] = 9.0
+    features, elsewhere = Features(maps, [], area), Features(elsewhere, [], area)
     query = torch.randn(1, 5, 32)
     for named_by in NAMED_BY:
         decoder = PMP(**TINY, named_by=named_by).eval().query_decoder
@@ -155,7 +158,7 @@ def test_a_query_is_named_by_what_is_under_its_mask():
         assert torch.allclose(found, decoder._evidence(query + 1, logits, features)) == (named_by == "mask")
         assert torch.allclose(found, decoder._evidence(query, -logits, features)) == (named_by == "query")
         if decoder.under_mask is not None:
-            wanted = decoder.under_mask(features[..., :3].mean((2, 3)))[:, None].expand(1, 5, -1)
+            wanted = decoder.under_mask(maps[:, :, :3, :3].mean((2, 3)))[:, None].expand(1, 5, -1)
             assert torch.allclose(found if named_by == "mask" else found - query, wanted, atol=1e-4)
 
 

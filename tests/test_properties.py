@@ -155,10 +155,11 @@ def test_the_loss_is_finite_and_moves_every_output_even_without_targets(given_):
     for there in (present, torch.zeros_like(present)):
         loss = SetLoss(num_points=32)(Prediction(*pairs[-1], pairs[:-1]), masks & there[..., None, None], there)
         assert all(torch.isfinite(v) and v >= 0 for v in loss.values())
-        assert (loss["mask"] == 0) == (not there.any()) or loss["mask"] >= 0
+        assert there.any() or loss["mask"] == loss["dice"] == 0
         grads = torch.autograd.grad(loss["loss"], outputs)
         assert all(torch.isfinite(g).all() for g in grads)
-        assert all((g == 0).all() for g in grads[0::2]) or there.any()
+        assert all((g != 0).any() for g in grads[1::2])  # every layer's names
+        assert all((g != 0).any() == there.any() for g in grads[0::2])  # and masks, where there is something to find
 
 
 @given(predictions(), seeds)

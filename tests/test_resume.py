@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import Subset
 
 from pmpseg import Segmenter, fit
 from pmpseg.data import Scenes
@@ -45,26 +46,42 @@ def run(root: Path, *options: str) -> Path:
     return fit.main([*SMALL, "--trainer.default_root_dir", str(root), *options])
 
 
-@pytest.mark.parametrize("how", [BY_STEPS, BY_EPOCHS, ACCUMULATED], ids=["by steps", "by epochs", "accumulated"])
-def test_from_every_checkpoint_the_run_ends_the_same(how, tmp_path, monkeypatch):
-    save, whole, copies = LastCheckpoint._save, tmp_path / "whole", []
+AT_EPOCH_ENDS = [*BY_STEPS, *"--trainer.val_check_interval 5".split()]
+# Where checkpoints are: after every step, but not at the end of an epoch that no validation follows.
+CASES = {
+    "by steps": (BY_STEPS, {*range(1, 14)} - {5, 10}),
+    "at epoch ends": (AT_EPOCH_ENDS, {*range(1, 14)}),
+    "by epochs": (BY_EPOCHS, {*range(1, 15)} - {5}),
+    "accumulated": (ACCUMULATED, {1, 2, 4, 5, 7}),  # 3 steps make an epoch
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_from_every_checkpoint_the_run_ends_the_same(case, tmp_path, monkeypatch):
+    how, steps = CASES[case]
+    save, copies = LastCheckpoint._save, []
 
     def save_and_copy(self, trainer):
-        last = whole / "checkpoints" / "last.ckpt"
+        root = Path(trainer.default_root_dir)
+        last = root / "checkpoints" / "last.ckpt"
         before = last.stat().st_mtime_ns if last.exists() else 0
         save(self, trainer)
-        if Path(trainer.default_root_dir) == whole and last.exists() and last.stat().st_mtime_ns != before:
-            copies.append(tmp_path / f"{len(copies):02d}_step_{trainer.global_step:03d}")
-            shutil.copytree(whole, copies[-1])
+        if root.name in ("whole", "again") and last.stat().st_mtime_ns != before:
+            copies.append(tmp_path / f"{root.name}_{len(copies):02d}_step_{trainer.global_step:03d}")
+            shutil.copytree(root, copies[-1])
 
     monkeypatch.setattr(LastCheckpoint, "_save", save_and_copy)
-    run(whole, *how, "--save_every", "1")
+    whole = run(tmp_path / "whole", *how, "--save_every", "1")
+    assert {int(copy.name[-3:]) for copy in copies} == steps
+    first = list(copies)
+    # A run that was continued is stopped, and continued once more.
+    shutil.copytree(first[1], tmp_path / "again")
+    run(tmp_path / "again", *how, "--ckpt_path", "last", "--save_every", "1")
+    assert {int(copy.name[-3:]) for copy in copies} == steps and len(copies) > len(first)
     wanted, weights, end = losses(whole), Segmenter.load(whole / "model").network.state_dict(), last_weights(whole)
     history = json.loads((whole / "metrics.json").read_text())["history"]
-    last = 7 if how is ACCUMULATED else 13 if how is BY_STEPS else 15
-    assert {int(copy.name[-3:]) for copy in copies} == set(range(1, last + 1))
-    for copy in copies:
-        run(copy, *how, "--ckpt_path", "last")
+    for copy in first + copies[len(first) :: 3]:
+        run(copy, *how, "--ckpt_path", "last", "--save_every", "1")
         assert losses(copy) == wanted, copy.name
         found = Segmenter.load(copy / "model").network.state_dict()
         assert all(torch.equal(found[k], v) for k, v in weights.items()), copy.name
@@ -158,6 +175,33 @@ def test_a_checkpoint_that_cannot_be_read_is_one_line(stopped, tmp_path, damage)
     with pytest.raises(InputError, match="no checkpoint of pmpseg" if damage == "foreign" else "not a whole checkpoint") as error:
         run(tmp_path / "run", "--ckpt_path", str(path))
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_rows_cut_short_by_a_kill_are_left_out(stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path / "run")
+    path = tmp_path / "run" / "metrics.csv"
+    whole = path.read_text()
+    last = whole.splitlines()[-1]
+    for rest in ("9", last[: len(last) // 2], ""):
+        path.write_text(whole + rest)
+        shutil.rmtree(tmp_path / "run" / "model")
+        run(tmp_path / "run", "--ckpt_path", "last", "--trainer.max_steps", "3", "--trainer.val_check_interval", "2")
+        assert losses(tmp_path / "run") == losses(stopped)
+        assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_a_run_goes_on_in_another_folder_and_keeps_its_best_model(stopped, tmp_path):
+    last = str(stopped / "checkpoints" / "last.ckpt")
+    root = run(tmp_path / "other", "--ckpt_path", last, "--trainer.max_steps", "3", "--trainer.val_check_interval", "2")
+    found, wanted = (Segmenter.load(r / "model").network.state_dict() for r in (root, stopped))
+    assert all(torch.equal(found[k], v) for k, v in wanted.items())
+
+
+def test_other_images_are_no_continuation(stopped, tmp_path, monkeypatch):
+    shutil.copytree(stopped, tmp_path / "run")
+    monkeypatch.setattr(Scenes, "dataset", lambda self, split, of=Scenes.dataset: Subset(of(self, split), range(4)))
+    with pytest.raises(InputError, match="an epoch had 5 batches, and now has 2"):
+        run(tmp_path / "run", "--ckpt_path", "last", "--trainer.max_steps", "9")
 
 
 def test_leftovers_of_a_killed_process_go(tmp_path):

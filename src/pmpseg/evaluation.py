@@ -69,7 +69,7 @@ class Evaluator(nn.Module):
         self, network: PMP, text: TextEncoder, features: Features, image: int, phrases: list[str]
     ) -> tuple[Tensor, Tensor]:
         """Soft masks (1, K, h, w) and scores (1, K) of the phrases of one image of the batch."""
-        features = Features(features.mask_features[image, None], [level[image, None] for level in features.levels])
+        features = features.select(image)
         prompts = text.encode(with_synonyms(phrases, self.vocabulary))
         if self.phrase_mode == "alone":
             return ask_one_by_one(network, features, prompts)

@@ -49,7 +49,8 @@ class SetLoss(nn.Module):
             masks: (B, K, H, W) bool, the pixels of each prompt, on the same area as the mask logits.
             present: (B, K) bool, which prompts have something to find; the others must go unnamed.
             counted: (B, H, W) bool, pixels with a known answer; None counts all.
-            valid: (B, K) bool, which prompts are real, for ``prediction.pixel_logits``; None counts all.
+            valid: (B, K) bool, which prompts are real, for ``prediction.pixel_logits``; None counts all. That loss, too, is
+                divided by the number of ``present`` prompts.
         """
         if masks.shape[:2] != present.shape:
             raise ValueError(f"masks: got {tuple(masks.shape)} for present {tuple(present.shape)}, want the same (B, K)")

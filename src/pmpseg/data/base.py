@@ -57,7 +57,7 @@ class SegmentationData(LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
         self.seed = seed
-        self._taken, self._per_epoch = 0, 1  # batches of a run that is continued
+        self.continued = (0, 1)  # batches that a continued run has had, and how many make an epoch
 
     def state_dict(self) -> dict[str, int]:
         """How many training batches were taken, and of how many an epoch is made: where a continued run goes on."""
@@ -65,7 +65,7 @@ class SegmentationData(LightningDataModule):
         return {"taken": self.trainer.fit_loop.total_batch_idx + 1, "per_epoch": int(self.trainer.num_training_batches)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self._taken, self._per_epoch = state["taken"], state["per_epoch"]
+        self.continued = state["taken"], state["per_epoch"]
 
     def dataset(self, split: str) -> "SegmentationDataset":
         raise NotImplementedError
@@ -73,7 +73,8 @@ class SegmentationData(LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Shuffled anew in each epoch; the last incomplete batch is dropped. A continued run's begins where it stopped."""
         dataset = self.dataset("train")
-        epoch, batches = divmod(self._taken, self._per_epoch)
+        taken, per_epoch = self.continued
+        epoch, batches = divmod(taken, per_epoch)
         sampler = EpochSampler(dataset, self.seed, epoch, batches * self.batch_size)
         if len(sampler) < self.batch_size:
             raise InputError(

@@ -4,6 +4,7 @@
 The image is encoded once (``encode``) and may then be decoded for any prompts (``decode``).
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,6 +14,7 @@ from .prompts import Prediction, Prompts, as_prompts
 from .query_decoder import Features, QueryDecoder
 
 STRIDE = 32  # images are padded to a multiple of it
+MASK_STRIDE = 4  # of mask features and mask logits
 
 
 class PMP(nn.Module):
@@ -56,7 +58,17 @@ class PMP(nn.Module):
         )
         self.pixel_decoder = FPN(list(self.backbone.channels), dim)
         self.query_decoder = QueryDecoder(
-            dim, text_dim, num_queries, num_layers, num_heads, ffn_dim, prompt_attention, prompt_place, named_by, mask_pooling, pixel_head
+            dim=dim,
+            text_dim=text_dim,
+            num_queries=num_queries,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            ffn_dim=ffn_dim,
+            prompt_attention=prompt_attention,
+            prompt_place=prompt_place,
+            named_by=named_by,
+            mask_pooling=mask_pooling,
+            pixel_head=pixel_head,
         )
         #: The arguments that rebuild this network with no weights at hand, as plain JSON values.
         self.config = {
@@ -88,8 +100,10 @@ class PMP(nn.Module):
         """The prompt-free part; ``image`` as in ``forward``."""
         if image.ndim != 4 or image.shape[1] != 3 or not image.is_floating_point():
             raise ValueError(f"image: got {image.dtype} {tuple(image.shape)}, want float (B, 3, H, W) with values in [0, 1]")
-        image = pad_to_stride(image.to(self.query_decoder.query.dtype))
-        return Features(*self.pixel_decoder(self.backbone(image)))
+        image = image.to(self.query_decoder.query.dtype)
+        area = F.avg_pool2d(pad_to_stride(torch.ones_like(image[:1, :1])), MASK_STRIDE)[0, 0]
+        mask_features, levels = self.pixel_decoder(self.backbone(pad_to_stride(image)))
+        return Features(mask_features, levels, area)
 
     def decode(self, features: Features, prompts: Prompts | Tensor) -> Prediction:
         """The masks and names of all queries for these prompts."""

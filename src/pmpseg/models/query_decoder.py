@@ -31,24 +31,29 @@ class Features(NamedTuple):
 
     mask_features: Tensor
     levels: list[Tensor]
+    area: Tensor  # (h, w) in [0, 1]: how much of each cell of the mask features is image, and not padding
 
     def repeat(self, count: int) -> "Features":
         """Each image ``count`` times in a row, for as many decodes in one batch."""
-        return Features(self.mask_features.repeat_interleave(count, 0), [x.repeat_interleave(count, 0) for x in self.levels])
+        levels = [x.repeat_interleave(count, 0) for x in self.levels]
+        return Features(self.mask_features.repeat_interleave(count, 0), levels, self.area)
+
+    def select(self, image: int) -> "Features":
+        """One image of the batch, as a batch of its own."""
+        return Features(self.mask_features[image, None], [level[image, None] for level in self.levels], self.area)
 
 
 class QueryDecoder(nn.Module):
     """``prompt_attention``: ``pooled`` (one embedding a prompt) or ``tokens`` (its words) guide the queries in every layer;
     ``none`` is the blind baseline: the same queries propose without seeing a prompt, which then only picks by similarity.
-    ``shuffled`` is a control: all of ``pooled``'s parameters and layers, but queries read the prompts of another image.
+    ``shuffled`` is a control: ``pooled``'s parameters and layers, but queries read another image's prompts.
 
     ``prompt_place``: ``first`` in every layer, before the mask is predicted that steers the layer's image attention, so that no
     look at the image is blind; or ``after_image``, where a query knows what it has just seen.
 
     ``named_by``: the ``query``, as in Mask2Former; the image features under its ``mask``; or ``both``, as in FC-CLIP. A query
-    that has read a prompt can repeat it whatever is there; what is under the mask cannot. ``mask_pooling``: the mean weighted by
-    the mask's probability, ``soft``, or over the pixels above one half, ``hard``, as FC-CLIP has it: a thin thing in a large image
-    is not drowned by the little that the mask has everywhere.
+    that has read a prompt can repeat it whatever is there; what is under the mask cannot. ``mask_pooling``: the mean weighted
+    by the mask's probability, ``soft``, or over the pixels above one half, ``hard``, as FC-CLIP has it.
     """
 
     strangers: Tensor
@@ -119,10 +124,10 @@ class QueryDecoder(nn.Module):
             at = i % len(levels)
             if layer.prompt_place == "first":  # before the mask that steers the next look
                 query = layer.read(query, self.query_position, text)
-            outputs.append(self._predict(query, features.mask_features, names, prompts.valid))
+            outputs.append(self._predict(query, features, names, prompts.valid))
             blocked = self._blocked(outputs[-1][0], features.levels[at].shape[-2:])
             query = layer(query, self.query_position, levels[at], positions[at], blocked, text)
-        outputs.append(self._predict(query, features.mask_features, names, prompts.valid))
+        outputs.append(self._predict(query, features, names, prompts.valid))
         masks, classes = outputs[-1]
         return Prediction(masks, classes, outputs[:-1], self._name_pixels(features.mask_features, names[:, :-1]))
 
@@ -144,8 +149,10 @@ class QueryDecoder(nn.Module):
         return text, F.pad(valid, (0, 1), value=True)
 
     def _of_another_image(self, text: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """In training the prompts of the batch's next image; otherwise, as many as are asked, from the last training batch."""
+        """In training the prompts of the batch's image before; otherwise, as many as are asked, from the last training batch."""
         if self.training:
+            if len(text) < 2:
+                raise InputError("prompt_attention 'shuffled' reads another image's prompts: it needs a batch_size of 2 or more")
             with torch.no_grad():
                 real = text[valid].to(self.strangers.dtype)
                 self.strangers.copy_(real[torch.arange(STRANGERS, device=text.device) % len(real)])
@@ -153,25 +160,26 @@ class QueryDecoder(nn.Module):
         any_of_them = (torch.arange(valid.numel(), device=text.device) * 97 + 13) % STRANGERS
         return self.strangers[any_of_them].to(text.dtype).view_as(text), valid
 
-    def _predict(self, query: Tensor, mask_features: Tensor, names: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    def _predict(self, query: Tensor, features: Features, names: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         query = self.norm(query)
-        mask_logits = torch.einsum("bqd,bdhw->bqhw", self.mask_head(query), mask_features)
-        embedding = F.normalize(self.name_head(self._evidence(query, mask_logits, mask_features)).float(), dim=-1)  # (B, Q, E)
+        mask_logits = torch.einsum("bqd,bdhw->bqhw", self.mask_head(query), features.mask_features)
+        embedding = F.normalize(self.name_head(self._evidence(query, mask_logits, features)).float(), dim=-1)  # (B, Q, E)
         with torch.autocast(query.device.type, enabled=False):  # cosines times 100 need more than 8 bits
             scale = self.log_scale.float().clamp(max=math.log(100.0)).exp()
             class_logits = scale * torch.einsum("bqe,bke->bqk", embedding, names)  # (B, Q, K + 1)
         return mask_logits, class_logits.masked_fill(~F.pad(valid, (0, 1), value=True)[:, None], -1e4)
 
-    def _evidence(self, query: Tensor, mask_logits: Tensor, mask_features: Tensor) -> Tensor:
+    def _evidence(self, query: Tensor, mask_logits: Tensor, features: Features) -> Tensor:
         """What a query is named by, (B, Q, D): itself, the mean features under its mask, or their sum."""
         if self.under_mask is None:
             return query
-        inside = mask_logits.detach().sigmoid()
+        inside = mask_logits.detach().float().sigmoid() * features.area
         if self.mask_pooling == "hard":
             above = (inside > 0.5).to(inside.dtype)
             inside = torch.where(above.flatten(2).any(-1)[..., None, None], above, inside)
-        mean = torch.einsum("bqhw,bdhw->bqd", inside, mask_features) / inside.flatten(2).sum(-1, keepdim=True).clamp(min=1e-3)
-        seen = self.under_mask(mean)
+        # Divided before the sum, which would overflow half precision.
+        weight = inside / inside.flatten(2).sum(-1)[..., None, None].clamp(min=1e-3)
+        seen = self.under_mask(torch.einsum("bqhw,bdhw->bqd", weight.to(features.mask_features.dtype), features.mask_features))
         return seen if self.named_by == "mask" else query + seen
 
     def _name_pixels(self, mask_features: Tensor, names: Tensor) -> Tensor | None:

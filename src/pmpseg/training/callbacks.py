@@ -30,6 +30,9 @@ class BestCheckpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Lightning forgets the best score where the folder has been moved."""
         old, new = str(state_dict["dirpath"]), str(self.dirpath)
+        if not Path(state_dict["best_model_path"].replace(old, new, 1)).is_file():  # continued elsewhere, not moved
+            super().load_state_dict(state_dict)
+            return
         moved = {k: v.replace(old, new, 1) if isinstance(v, str) else v for k, v in state_dict.items()}
         moved["best_k_models"] = {path.replace(old, new, 1): score for path, score in state_dict["best_k_models"].items()}
         super().load_state_dict(moved)
@@ -43,7 +46,7 @@ class FiniteLoss(Callback):
         look = loss.device.type == "cpu" or step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         if look and not torch.isfinite(loss):
             advice = f"lower model.lr (now {pl_module.hparams.get('lr')}), or look for broken images and masks"
-            raise InputError(f"the loss is {loss.item()} at step {step}: {advice}; last.ckpt is from before")
+            raise InputError(f"the loss is {loss.item()} at step {step}: {advice}")
 
 
 class PlainProgressBar(TQDMProgressBar):

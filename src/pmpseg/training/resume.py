@@ -17,7 +17,6 @@ import json
 import pickle
 import random
 import shutil
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,8 @@ from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 from pmpseg.cli import whole_file
 from pmpseg.errors import InputError
@@ -38,7 +39,7 @@ ROW = "pmpseg_row"  # and the row of metrics.csv that Lightning had not written 
 TRAINER_KEYS = {"accumulate_grad_batches", "devices", "gradient_clip_algorithm", "gradient_clip_val", "limit_train_batches"}
 TRAINER_KEYS |= {"num_nodes", "overfit_batches", "precision", "sync_batchnorm"}
 LENGTH_KEYS = ("trainer.max_steps", "trainer.max_epochs")
-FREE = ("data.init_args.num_workers", "data.init_args.eval_batch_size")
+FREE = ("data.init_args.root", "data.init_args.num_workers", "data.init_args.eval_batch_size")
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -51,7 +52,7 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 
 class LastCheckpoint(Checkpoint):
-    """``checkpoints/last.ckpt`` of the run's folder: every ``every_n_steps`` steps, after each validation, and at the end.
+    """``checkpoints/last.ckpt`` of the run's folder: every ``every_n_steps`` steps, after each validation, and at ``max_steps``.
 
     ``config`` is the run's resolved configuration; every checkpoint holds it, for ``check_same_run``.
     """
@@ -60,15 +61,24 @@ class LastCheckpoint(Checkpoint):
         if every_n_steps < 1:
             raise InputError(f"save_every: got {every_n_steps}, want 1 step or more")
         self.every_n_steps, self.config = every_n_steps, json.dumps(config, default=str)
-        self._saved_at = -1
+        self._saved_at = 0
         self._row: dict[str, float] = {}
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._saved_at = trainer.global_step
+        taken, before = getattr(trainer.datamodule, "continued", (0, 0))  # type: ignore[attr-defined]
+        if taken and before != trainer.num_training_batches:
+            now = f"an epoch had {before} batches, and now has {trainer.num_training_batches}"
+            raise InputError(f"the training images are not those the run began with: {now}; restore them, or start anew")
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        step, loop = trainer.global_step, trainer.fit_loop.epoch_loop
-        if step == self._saved_at or not (step % self.every_n_steps == 0 or step == trainer.max_steps):
+        step, loop, fetcher = trainer.global_step, trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+        due = step - self._saved_at >= self.every_n_steps or step == trainer.max_steps
+        if step == self._saved_at or not due or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        # Continued from here, Lightning would take the validation that is due for done. The one after it is saved instead.
-        if trainer.fit_loop._data_fetcher is None or not loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
+        # Not where Lightning would go on wrongly: it would take a validation that is due for done, and miscount epochs from a
+        # last batch that none follows. After the validation, or a step later, all is well.
+        if fetcher is not None and not loop._should_check_val_fx(fetcher) and not loop._num_ready_batches_reached():
             if step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
                 logged = {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("train/")}
                 self._row = {"epoch": trainer.current_epoch, "step": step - 1, **logged}
@@ -118,21 +128,44 @@ class RunCSV(CSVLogger):
             self._kept = [r for r in rows if r not in again] + ([row] if row else [])
 
     @property
+    @rank_zero_experiment
     def experiment(self) -> Any:
-        is_new = self._experiment is None
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Experiment logs directory")  # that it is there already: it is the run's
-            writer = super().experiment
-        if is_new and self._kept:
-            writer.metrics = [*self._kept]
-            writer.save()
-        return writer
+        if self._experiment is None:
+            self._experiment = _RunWriter(self.log_dir, self._kept)
+        return self._experiment
+
+
+class _RunWriter(ExperimentWriter):
+    """Lightning's, but what stands in the file is never gone for a moment: it begins, and gets new columns, in one rename."""
+
+    def __init__(self, folder: str, rows: list[dict[str, Any]]) -> None:
+        self._first = rows
+        super().__init__(folder)
+
+    def _check_log_dir_exists(self) -> None:  # the stock one deletes the file
+        Path(self.log_dir).mkdir(parents=True, exist_ok=True)
+        self.metrics_keys = sorted({name for row in self._first for name in row})
+        if self._first:
+            self._write(self._first)
+        else:
+            Path(self.metrics_file_path).unlink(missing_ok=True)
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        self._write(list(_rows(Path(self.metrics_file_path))))
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        with whole_file(self.metrics_file_path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=self.metrics_keys)
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     if path.is_file():
         with path.open(newline="", encoding="utf-8") as file:
-            yield from csv.DictReader(file)
+            for row in csv.DictReader(file):
+                if None not in row.values() and None not in row:  # else cut short by a kill
+                    yield row
 
 
 def clear_leftovers(folder: Path) -> None:
@@ -158,8 +191,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def check_same_run(checkpoint: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> str:
     """Raises ``InputError`` if a run would go on otherwise than it began; returns a remark on a changed length, or "".
 
-    Compared are the model, the data, the seed, and of the trainer what decides the steps; not where or how fast it runs.
+    Compared are the model, the data, the seed, and of the trainer what decides the steps; not where the data lies
+    (``data.root``), nor how fast it is read.
     """
+    if config.get("trainer", {}).get("overfit_batches"):
+        raise InputError(f"{path}: a run with trainer.overfit_batches cannot be continued: start it without --ckpt_path")
     before = dict(_decisive(json.loads(checkpoint[CONFIG])))
     now = dict(_decisive(json.loads(json.dumps(config, default=str))))
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
