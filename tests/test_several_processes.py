@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from PIL import Image
 from pmpseg import fit
 from pmpseg.losses import mean_over_ranks
 from pmpseg.training import PMPModule
+from pmpseg.training.resume import LastCheckpoint
 
 # No learning and no batch norm: the weights stay, so that the metrics of any number of processes are those of one network.
 STILL = (
@@ -143,3 +145,23 @@ def test_normalisers_are_means_over_the_processes(tmp_path):
         mean, value = torch.load(tmp_path / f"{rank}.pt")
         assert mean.tolist() == [1, 6] and value.tolist() == [rank, 6]
     assert mean_over_ranks(torch.tensor(4.0)) == 4  # one process
+
+
+@needs_fork
+def test_two_processes_continue_exactly(tmp_path, monkeypatch):
+    save, whole, copies = LastCheckpoint._save, tmp_path / "whole", tmp_path / "copies"
+
+    def save_and_copy(self, trainer):
+        save(self, trainer)
+        if trainer.is_global_zero and Path(trainer.default_root_dir) == whole and (whole / "checkpoints" / "last.ckpt").exists():
+            shutil.copytree(whole, copies / str(trainer.global_step), dirs_exist_ok=True)
+
+    monkeypatch.setattr(LastCheckpoint, "_save", save_and_copy)  # which the forked processes inherit
+    options = [*STILL, *SCENES, "--model.lr", "0.001", "--model.few_prompts", "0.5", "--trainer.val_check_interval", "2"]
+    fit_on(2, whole, *options, "--trainer.max_steps", "5")  # an epoch has 3 steps
+    wanted = torch.load(whole / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert sorted(p.name for p in copies.iterdir()) == ["1", "2", "4", "5"]
+    for step in ("1", "4"):
+        fit_on(2, copies / step, *options, "--trainer.max_steps", "5", "--ckpt_path", "last")
+        found = torch.load(copies / step / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        assert all(torch.equal(found[name], value) for name, value in wanted.items()), step
