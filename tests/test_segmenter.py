@@ -66,7 +66,7 @@ def test_labels_follow_from_the_masks(segmenter):
 def test_the_threshold_decides_whether_and_not_where(segmenter):
     image = noise(60, 80)
     score = float(segmenter.segment(image, ["grass"]).scores[0])
-    below, above = (segmenter.segment(image, ["grass"], threshold=score + d).mask(0) for d in (-0.01, 0.01))
+    below, above = (segmenter.segment(image, ["grass"], threshold=t).mask(0) for t in (score / 2, score + 0.01))
     assert np.array_equal(below, segmenter.segment(image, ["grass"], threshold=0.0).mask(0)) and below.any()
     assert not above.any()
 

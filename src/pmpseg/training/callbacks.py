@@ -29,8 +29,8 @@ class BestCheckpoint(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Lightning forgets the best score where the folder has been moved."""
-        old, new = str(state_dict["dirpath"]), str(self.dirpath)
-        if not Path(state_dict["best_model_path"].replace(old, new, 1)).is_file():  # continued elsewhere, not moved
+        old, new, best = str(state_dict["dirpath"]), str(self.dirpath), state_dict["best_model_path"]
+        if best and not Path(best.replace(old, new, 1)).is_file():  # continued elsewhere, not moved
             super().load_state_dict(state_dict)
             return
         moved = {k: v.replace(old, new, 1) if isinstance(v, str) else v for k, v in state_dict.items()}
