@@ -192,9 +192,9 @@ COMMANDS = {
     "a threshold of 1.5": (predicting("--threshold", "1.5"), "--threshold must lie in 0 to 1"),
     "a threshold of nan": (predicting("--threshold", "nan"), "--threshold must lie in 0 to 1"),
     "a threshold for a partition": (predicting("--together", "--threshold", "0.5"), "--threshold is for prompts asked alone"),
-    "--out is a file": (predicting("--out", "photo.jpg"), "photo.jpg"),
+    "--out is a file": (predicting("--out", "photo.jpg"), "photo.jpg.*a file stands where a folder is wanted: give another name"),
     "--out cannot be made": (predicting("--out", "/proc/pmpseg/out"), "/proc/pmpseg"),
-    "a full disk": (full_disk, "No space left on device"),
+    "a full disk": (full_disk, "No space left on device.*free some space, or write to another disk"),
     "Ctrl-C": (interrupted, "interrupted"),
     # predict: the model
     "no such model": (predicting(model="nowhere"), "nowhere: no such folder; want a model folder"),
@@ -211,7 +211,7 @@ COMMANDS = {
     "foreign weights": (changed(lambda state: {"x": torch.zeros(1)}, predicting()), "weights do not fit the network in config.json"),
     "weights of another width": (changed(lambda s: s.update({"query_decoder.query": torch.zeros(6, 8)}), predicting()), "1 of .* weights do not fit"),
     "NaN in the weights": (changed(with_nan, predicting()), "'query_decoder.query' holds NaN or infinity"),
-    "no text encoder": (gone("model/text_encoder", predicting()), "text_encoder"),
+    "no text encoder": (gone("model/text_encoder", predicting()), "text_encoder: no such folder; the model folder is not complete"),
     "half a text encoder": (cut("model/text_encoder/model.safetensors", predicting()), "cannot open .*text_encoder"),
     "no vocabulary": (gone("model/vocabulary.txt", predicting()), "vocabulary.txt"),
     # evaluate
@@ -236,7 +236,7 @@ COMMANDS = {
     "half the backbone's weights": (write("w.safetensors", b"\x10\0\0\0\0\0\0\0{", fitting("--model.backbone_weights", "w.safetensors")), "w.safetensors: not readable as weights"),
     "no such text encoder": (fitting("--model.text", "no/such"), "no/such"),
     "a template without a place": (fitting("--model.templates", "[a photo]"), "wanted at least one, each with one '{}'"),
-    "a run in a file's place": (fitting("--trainer.default_root_dir", "photo.jpg"), "photo.jpg"),
+    "a run in a file's place": (fitting("--trainer.default_root_dir", "photo.jpg"), "photo.jpg.*a file stands where a folder is wanted"),
     "save never": (fitting("--save_every", "0"), "save_every: got 0, want 1 step or more"),
     "a learning rate that diverges": (fitting("--model.lr", "1e30", "--trainer.max_steps", "30", "--trainer.gradient_clip_val", "0"), "the loss is (nan|inf) at step .*lower model.lr"),
     # fit: the data

@@ -340,7 +340,7 @@ def test_continue_from_last(parse, tmp_path: Path) -> None:
         (
             "OSError(28, 'No space left on device', 'x.png')",
             2,
-            "pmpseg: error: No space left on device: 'x.png'",
+            "pmpseg: error: No space left on device: 'x.png': free some space, or write to another disk",
         ),
         ("FileNotFoundError('no model at x')", 2, "pmpseg: error: no model at x"),
     ],

@@ -21,6 +21,10 @@ from pmpseg.errors import InputError
 USERS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 USERS |= {errno.EISDIR, errno.ENOTDIR, errno.EEXIST}
 
+ADVICE = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), ": free some space, or write to another disk")
+ADVICE |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), ": choose a place that may be written")
+ADVICE |= dict.fromkeys((errno.ENOTDIR, errno.EEXIST), ": a file stands where a folder is wanted: give another name")
+
 
 def run(main: Callable[[], object]) -> NoReturn:
     """Run a command and leave Python, printing expected errors as one line on stderr.
@@ -36,7 +40,8 @@ def run(main: Callable[[], object]) -> NoReturn:
         if isinstance(error, KeyboardInterrupt):
             status, line = 130, "interrupted"
         elif isinstance(error, InputError | FileNotFoundError) or getattr(error, "errno", None) in USERS:
-            status, line = 2, f"error: {one_line(re.sub(r'^.Errno [0-9]+. ', '', str(error)))}"
+            advice = ADVICE.get(getattr(error, "errno", None) or 0, "")
+            status, line = 2, f"error: {one_line(re.sub(r'^.Errno [0-9]+. ', '', str(error)))}{advice}"
         else:
             raise
         if os.environ.get("PMPSEG_TRACEBACK") == "1":

@@ -264,6 +264,8 @@ def _check_reference(what: str, reference: dict[str, str], module: nn.Module) ->
 
 def _load_text(folder: Path, config: dict[str, Any]) -> TextEncoder:
     name = shipped_or(config["name"]) if "name" in config else folder / "text_encoder"
+    if "name" not in config and not Path(name).is_dir():
+        raise InputError(f"{name}: no such folder; the model folder is not complete: copy or save the model again")
     text = TextEncoder(name, config["templates"], config["normalize"])
     if "name" in config:
         _check_reference("text encoder", config, text)
