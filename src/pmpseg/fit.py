@@ -74,7 +74,8 @@ def _quieten() -> None:
     patterns += ["in eval mode at the start", "your dataloader is not resumable"]  # its sampler is
     for pattern in patterns:
         warnings.filterwarnings("ignore", f".*{pattern}")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
+        logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.WARNING)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,20 @@ class FiniteLoss(Callback):
 
 
 class PlainProgressBar(TQDMProgressBar):
-    """Loss and speed, without the version number that Lightning adds."""
+    """Loss and speed, without the version number that Lightning adds; continued inside an epoch, it begins where that stopped."""
+
+    def on_train_start(self, trainer: Trainer, *args: Any) -> None:
+        super().on_train_start(trainer, *args)
+        taken, per_epoch = getattr(trainer.datamodule, "continued", (0, 1))  # type: ignore[attr-defined]
+        if had := taken % per_epoch:
+            bar = self.train_progress_bar
+            bar.reset(total=per_epoch)
+            bar.initial = bar.n = had  # the speed is that of what is done now
+            bar.set_description(f"Epoch {trainer.current_epoch}")
+
+    def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
+        self.train_progress_bar.initial = 0
+        super().on_train_epoch_start(trainer, *args)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         shown = super().get_metrics(trainer, pl_module)
