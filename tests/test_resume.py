@@ -177,6 +177,15 @@ def test_a_checkpoint_that_cannot_be_read_is_one_line(stopped, tmp_path, damage)
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
+def test_a_continued_bar_begins_where_it_stopped(stopped, tmp_path, capfd):
+    shutil.copytree(stopped, tmp_path / "run")
+    run(tmp_path / "run", "--ckpt_path", "last", "--trainer.max_steps", "7", "--trainer.enable_progress_bar", "true")
+    said = capfd.readouterr()
+    bars = [text for text in (said.out + said.err).replace("\r", "\n").splitlines() if text.startswith("Epoch 0:")]
+    assert any("| 3/5 [" in bar for bar in bars) and any("| 5/5 [" in bar for bar in bars)
+    assert not any("| 1/5 [" in bar or ", -" in bar for bar in bars)
+
+
 def test_rows_cut_short_by_a_kill_are_left_out(stopped, tmp_path):
     shutil.copytree(stopped, tmp_path / "run")
     path = tmp_path / "run" / "metrics.csv"
