@@ -78,14 +78,11 @@ class QueryDecoder(nn.Module):
         for name, value in (("num_queries", num_queries), ("num_layers", num_layers), ("ffn_dim", ffn_dim)):
             if value < 1:
                 raise InputError(f"{name}: got {value}, want 1 or more")
-        if prompt_attention not in PROMPT_ATTENTION:
-            raise InputError(f"prompt_attention: got {prompt_attention!r}, want one of {', '.join(PROMPT_ATTENTION)}")
-        if prompt_place not in PROMPT_PLACE:
-            raise InputError(f"prompt_place: got {prompt_place!r}, want one of {', '.join(PROMPT_PLACE)}")
-        if named_by not in NAMED_BY:
-            raise InputError(f"named_by: got {named_by!r}, want one of {', '.join(NAMED_BY)}")
-        if mask_pooling not in MASK_POOLING:
-            raise InputError(f"mask_pooling: got {mask_pooling!r}, want one of {', '.join(MASK_POOLING)}")
+        chosen = {"prompt_attention": (prompt_attention, PROMPT_ATTENTION), "prompt_place": (prompt_place, PROMPT_PLACE)}
+        chosen |= {"named_by": (named_by, NAMED_BY), "mask_pooling": (mask_pooling, MASK_POOLING)}
+        for name, (choice, known) in chosen.items():
+            if choice not in known:
+                raise InputError(f"{name}: got {choice!r}, want one of {', '.join(known)}")
         self.prompt_attention, self.named_by, self.mask_pooling = prompt_attention, named_by, mask_pooling
         self.query = nn.Parameter(torch.randn(num_queries, dim) * 0.02)
         self.query_position = nn.Parameter(torch.randn(num_queries, dim) * 0.02)
