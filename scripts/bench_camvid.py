@@ -86,10 +86,10 @@ def fpn_optimizer(network: nn.Module, steps: int) -> tuple[torch.optim.Optimizer
 
 def fpn_logits(network: nn.Module, image: torch.Tensor) -> torch.Tensor:
     """uint8 (B, 3, H, W) -> (B, 11, H, W); padded to whole strides as PMP pads."""
-    from pmpseg.models.pmp import pad_to_stride
+    from pmpseg.models.backbone import pad_to
 
     x = (image.float() / 255 - 0.498) / 0.502
-    return network(pad_to_stride(x).contiguous(memory_format=torch.channels_last))[..., : image.shape[-2], : image.shape[-1]]
+    return network(pad_to(x, 32).contiguous(memory_format=torch.channels_last))[..., : image.shape[-2], : image.shape[-1]]
 
 
 def train_fpn(args: argparse.Namespace) -> None:
@@ -175,7 +175,7 @@ def report(args: argparse.Namespace) -> None:
 
 def step_seconds(args: argparse.Namespace, repeat: int = 8) -> tuple[float, float]:
     """Median CPU seconds of a step (forward, loss, backward, optimizer) of both, in turns, on one batch."""
-    from pmpseg.models.pmp import pad_to_stride
+    from pmpseg.models.backbone import pad_to
     from pmpseg.training import PMPModule
     from pmpseg.training.pmp import parameter_groups, prompt_targets
 
@@ -195,9 +195,9 @@ def step_seconds(args: argparse.Namespace, repeat: int = 8) -> tuple[float, floa
 
     def pmp_step() -> None:
         prompts, masks = module.text.encode_batch(batch["prompts"]), prompt_targets(batch)
-        known = pad_to_stride(batch["labels"] != 255)
+        known = pad_to(batch["labels"] != 255, 32)
         prediction = module.network(batch["image"].float() / 255, prompts)
-        module.loss(prediction, pad_to_stride(masks), prompts.valid & masks.flatten(2).any(-1), known)["loss"].backward()
+        module.loss(prediction, pad_to(masks, 32), prompts.valid & masks.flatten(2).any(-1), known)["loss"].backward()
         own_optimizer.step()
         own_optimizer.zero_grad()
 

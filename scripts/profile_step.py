@@ -16,8 +16,7 @@ import torch
 from pmpseg import evaluate
 from pmpseg.config import Schema
 from pmpseg.inference import ask_one_by_one, upsample
-from pmpseg.models.pmp import pad_to_stride
-from pmpseg.models.query_decoder import Features
+from pmpseg.models.backbone import pad_to
 from pmpseg.training import PMPModule
 from pmpseg.training.pmp import prompt_targets
 
@@ -57,7 +56,7 @@ def training(module: PMPModule, data: Any, repeat: int) -> None:
         with clock("backbone"):
             maps = network.backbone(batch["image"].float() / 255)
         with clock("pixel decoder"):
-            features = Features(*network.pixel_decoder(maps), torch.ones(()))
+            features = network.features(maps, batch["image"].float())
         with clock("query decoder"):
             prediction = network.decode(features, prompts)
         with clock("matching and loss"):
@@ -75,7 +74,7 @@ def training(module: PMPModule, data: Any, repeat: int) -> None:
 def prediction(module: PMPModule, data: Any, repeat: int) -> None:
     clock, network = Clock(), module.network.eval()
     item = data.dataset("val")[0]
-    image = pad_to_stride(item["image"][None].float() / 255)
+    image = pad_to(item["image"][None].float() / 255, 32)
     prompts = [p for p in item["prompts"] if p] or list(data.vocabulary.names)
     for _ in range(repeat):
         module.text.forget()
@@ -84,7 +83,7 @@ def prediction(module: PMPModule, data: Any, repeat: int) -> None:
         with clock("backbone"):
             maps = network.backbone(image)
         with clock("pixel decoder"):
-            features = Features(*network.pixel_decoder(maps), torch.ones(()))
+            features = network.features(maps, image)
         with clock(f"decoder, {len(prompts)} times"):
             soft, _ = ask_one_by_one(network, features, encoded)
         with clock("masks at image size"):

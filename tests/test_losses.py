@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from pmpseg.inference import upsample
 from pmpseg.losses import SetLoss, dice_loss, pixel_loss, sample
-from pmpseg.models.pmp import pad_to_stride
+from pmpseg.models.backbone import pad_to
 from pmpseg.models.prompts import Prediction
 
 
@@ -150,7 +150,7 @@ def test_pixels_named_directly_by_hand():
 def test_targets_of_a_padded_image_lie_where_its_logits_do():
     masks = torch.zeros(1, 1, 144, 100, dtype=torch.bool)
     masks[..., 60:110, 30:80] = True
-    padded = pad_to_stride(masks)
+    padded = pad_to(masks, 32)
     assert padded.shape[-2:] == (160, 128)
     perfect = F.interpolate(padded.float(), scale_factor=0.25, mode="area") * 20 - 10
     assert ((upsample(perfect, (144, 100)) > 0) == masks).float().mean() > 0.99

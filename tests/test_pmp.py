@@ -1,12 +1,17 @@
 """PMP as a network: shapes, what its answers may not depend on, and that every parameter learns."""
 
+import json
+
 import pytest
 import torch
 
 from pmpseg.inference import answers, ask_one_by_one, semantic_labels, soft_masks, upsample
 from pmpseg.losses import SetLoss
 from pmpseg.models import PMP, Prediction, Prompts
-from pmpseg.models.query_decoder import NAMED_BY, PROMPT_ATTENTION, PROMPT_PLACE, DecoderLayer, Features, sine_position
+from pmpseg.models.attention import sine_position
+from pmpseg.models.query_decoder import CHOICES, DecoderLayer, Features
+
+NAMED_BY, PROMPT_ATTENTION, PROMPT_PLACE = (CHOICES[name] for name in ("named_by", "prompt_attention", "prompt_place"))
 
 TINY = {"backbone": "test_resnet", "text_dim": 12, "dim": 32, "num_queries": 5, "num_layers": 3, "num_heads": 4, "ffn_dim": 32}
 
@@ -34,7 +39,7 @@ IMAGE = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(2))
 @pytest.mark.parametrize("prompt_attention", PROMPT_ATTENTION)
 @torch.no_grad()
 def test_shapes(prompt_attention):
-    found = build(prompt_attention)(IMAGE, prompts_of())
+    found = build(prompt_attention)(IMAGE, prompts_of(), aux=True)
     assert isinstance(found, Prediction)
     assert found.mask_logits.shape == (2, 5, 16, 24) and found.class_logits.shape == (2, 5, 5)
     assert len(found.aux) == 3 and found.aux[0][0].shape == (2, 5, 16, 24)
@@ -80,15 +85,16 @@ def test_prompts_that_are_read_first_guide_every_mask_and_later_ones_all_but_the
     other = prompts_of(seed=5)
     for place in PROMPT_PLACE:
         network = build(prompt_place=place)
-        a, b = network(IMAGE, prompts_of()), network(IMAGE, other)
+        a, b = network(IMAGE, prompts_of(), aux=True), network(IMAGE, other, aux=True)
         pairs = zip([m for m, _ in a.aux] + [a.mask_logits], [m for m, _ in b.aux] + [b.mask_logits], strict=True)
         same = [torch.equal(x, y) for x, y in pairs]
-        assert same == [place == "after_image", False, False, False]
+        assert same == [place != "first", False, False, False]
 
 
 def test_shuffled_reads_the_other_images_prompts_in_training_and_theirs_later():
     network, prompts = build("shuffled").train(), prompts_of()
-    other, strangers = prompts_of(seed=5), network.query_decoder.strangers
+    assert network.query_decoder.prompt_tokens is not None
+    other, strangers = prompts_of(seed=5), network.query_decoder.prompt_tokens.strangers
     mixed = Prompts(*(torch.cat([a[:1], b[1:]]) for a, b in zip(prompts._tensors(), other._tensors(), strict=True)))
 
     def masks(p):
@@ -125,19 +131,23 @@ def test_the_length_of_an_embedding_does_not_matter():
 @torch.no_grad()
 def test_queries_look_inside_their_masks_only_or_everywhere():
     torch.manual_seed(0)
-    layer, query, image = DecoderLayer(16, 4, 16, None).eval(), torch.randn(1, 3, 16), torch.randn(1, 20, 16)
+    layer, query, image = DecoderLayer(16, 4, 16, True, None, "first").eval(), torch.randn(1, 3, 16), torch.randn(1, 20, 16)
     blocked = torch.zeros(1, 3, 20, dtype=torch.bool)
     blocked[:, :, 5:] = True
 
     def look(image):
-        return layer(query, torch.zeros(3, 16), image, torch.zeros(20, 16), blocked, None)
+        return layer(query, torch.zeros(3, 16), image, torch.zeros(20, 16), blocked, None)[0]
 
     outside, inside = image.clone(), image.clone()
     outside[:, 5:] += 1
     inside[:, :5] += 1
     assert torch.equal(look(image), look(outside)) and not torch.allclose(look(image), look(inside))
-    logits = torch.tensor([[[[3.0, -3.0]], [[-3.0, -3.0]]]])  # the second query's mask is empty
-    assert build().query_decoder._blocked(logits, torch.Size((1, 2))).tolist() == [[[False, True], [False, False]]]
+    decoder, guide, query = build().query_decoder, torch.randn(1, 32, 2, 3), torch.randn(1, 2, 32)
+    masks = torch.einsum("bqd,bdhw->bqhw", decoder.mask_head(decoder.norm(query)), guide).flatten(2)
+    assert torch.equal(decoder._blocked(query, guide)[0, 0], masks[0, 0] < 0)
+    assert (masks[0, 0] < 0).any() and (masks[0, 0] > 0).any()
+    guide = guide[..., masks[0, 1].reshape(2, 3)[0] < 0][:, :, :1]  # where the second query has no mask at all
+    assert not decoder._blocked(query, guide)[0, 1].any()
 
 
 @torch.no_grad()
@@ -149,7 +159,7 @@ def test_a_query_is_named_by_what_is_under_its_mask():
     elsewhere = maps.clone()
     elsewhere[..., 3:] = 9.0
     elsewhere[:, :, 3] = 9.0
-    features, elsewhere = Features(maps, [], area), Features(elsewhere, [], area)
+    features, elsewhere = Features(maps, [], [], area), Features(elsewhere, [], [], area)
     query = torch.randn(1, 5, 32)
     for named_by in NAMED_BY:
         decoder = PMP(**TINY, named_by=named_by).eval().query_decoder
@@ -214,7 +224,7 @@ def test_bad_images_are_named():
         PMP(**TINY, prompt_attention="pool")
     with pytest.raises(ValueError, match="named_by: got 'words', want one of query, mask, both"):
         PMP(**TINY, named_by="words")
-    with pytest.raises(ValueError, match="prompt_place: got 'last', want one of first, after_image"):
+    with pytest.raises(ValueError, match="prompt_place: got 'last', want one of first, after_image, after_self"):
         PMP(**TINY, prompt_place="last")
 
 
@@ -264,3 +274,117 @@ def test_positions_differ_and_follow_the_axes():
     table = sine_position(torch.zeros(1, 32, 5, 7)).reshape(5, 7, 32)
     assert len(torch.unique(table.reshape(-1, 32).round(decimals=4), dim=0)) == 35
     assert torch.equal(table[0, :, 16:], table[3, :, 16:]) and torch.equal(table[:, 0, :16], table[:, 4, :16])
+
+
+# ---- decoders and the options of prompt attention
+
+OPTIONS = [
+    {"decoder": "plain"},
+    {"decoder": "plain", "prompt_place": "after_self", "pixel_decoder": "fpn"},
+    {"pixel_decoder": "deformable", "encoder_layers": 2, "encoder_ffn_dim": 32},
+    {"prompt_place": "after_self", "prompt_gate": "zero"},
+    {"prompt_direction": "both"},
+    {"prompt_direction": "both", "prompt_gate": "zero", "prompt_attention": "tokens"},
+    {"prompt_layers": [0, 2], "prompt_direction": "both"},
+    {"prompt_layers": [1]},
+    {"prompt_queries": "repeated"},
+    {"prompt_queries": "repeated", "prompt_attention": "tokens", "decoder": "plain"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: " ".join(map(str, o.values())))
+def test_every_option_trains_all_parameters_and_rebuilds_itself(options):
+    torch.manual_seed(0)
+    network = PMP(**TINY, **options).train()
+    masks = torch.rand(2, 4, 64, 96) > 0.5
+    SetLoss(num_points=64)(network(IMAGE, prompts_of()), masks, masks.flatten(2).any(-1))["loss"].backward()
+    idle = [n for n, p in network.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
+    assert idle == []
+    again = PMP(**json.loads(json.dumps(network.config)))
+    again.load_state_dict(network.state_dict())
+    with torch.no_grad():
+        a, b = network.eval()(IMAGE, prompts_of()), again.eval()(IMAGE, prompts_of())
+    assert torch.equal(a.mask_logits, b.mask_logits) and torch.equal(a.class_logits, b.class_logits) and a.aux == []
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"prompt_direction": "both"}, {"decoder": "plain"}, {"prompt_attention": "tokens"}])
+def test_a_closed_gate_is_no_prompt_attention_bit_for_bit(options):
+    torch.manual_seed(0)
+    gated = PMP(**TINY, **options, prompt_gate="zero").eval()
+    blind = PMP(**TINY, **options | {"prompt_attention": "none"}).eval()
+    blind.load_state_dict({k: v for k, v in gated.state_dict().items() if k in blind.state_dict()})
+    a, b = gated(IMAGE, prompts_of(), aux=True), blind(IMAGE, prompts_of(), aux=True)
+    for (mask, names), (blind_mask, blind_names) in zip(
+        [*a.aux, (a.mask_logits, a.class_logits)], [*b.aux, (b.mask_logits, b.class_logits)], strict=True
+    ):
+        assert torch.equal(mask, blind_mask) and torch.equal(names, blind_names)
+    for name, p in gated.named_parameters():
+        if name.endswith("gate"):
+            p += 0.5
+    assert not torch.allclose(gated(IMAGE, prompts_of()).mask_logits, b.mask_logits, atol=1e-3)
+
+
+@torch.no_grad()
+def test_repeated_queries_are_one_decode_a_prompt():
+    torch.manual_seed(0)
+    network, prompts = PMP(**TINY, prompt_queries="repeated").eval(), prompts_of()
+    prompts.valid[1, 3] = False
+    found = network(IMAGE, prompts, aux=True)
+    assert found.mask_logits.shape == (2, 20, 16, 24) and found.class_logits.shape == (2, 20, 5)
+    for k in range(4):
+        alone, own = network(IMAGE, prompts.select([k]), aux=True), slice(5 * k, 5 * k + 5)
+        assert torch.allclose(found.mask_logits[:, own], alone.mask_logits, atol=1e-5)
+        assert torch.allclose(found.class_logits[:, own][..., [k, 4]], alone.class_logits, atol=1e-4)
+        assert torch.allclose(found.aux[1][0][:, own], alone.aux[1][0], atol=1e-5)
+        others = [j for j in range(4) if j != k]
+        assert (found.class_logits[:, own][..., others] == -1e4).all()
+
+
+def test_a_prompt_is_matched_to_its_own_queries():
+    torch.manual_seed(0)
+    masks = torch.rand(1, 2, 16, 16) > 0.5
+    logits = torch.where(masks, 9.0, -9.0)[:, [1, 0]]  # each query has the mask of the prompt that it is not asked
+    names = torch.tensor([[[0.0, -1e4, 0.0], [-1e4, 0.0, 0.0]]])
+    there = torch.ones(1, 2, dtype=torch.bool)
+    _, query, prompt = SetLoss(num_points=32).match(logits, names, masks.float(), there, torch.ones(1, 1, 16, 16))
+    assert query.tolist() == prompt.tolist()
+
+
+@torch.no_grad()
+def test_both_directions_let_prompts_see_queries_and_the_layers_chosen_are_the_ones_that_read():
+    torch.manual_seed(0)
+    both = PMP(**TINY, prompt_direction="both", prompt_layers=[2, 0]).eval()
+    layers = both.query_decoder.layers
+    assert [layer.guide is not None for layer in layers] == [True, False, True]
+    assert layers[0].guide.write is not None and layers[2].guide.write is None  # nobody would read what the last one wrote
+    one = both(IMAGE, prompts_of()).mask_logits
+    layers[0].guide.write.attention.out.bias += torch.randn(32)
+    assert not torch.allclose(one, both(IMAGE, prompts_of()).mask_logits, atol=1e-4)
+
+
+def test_a_network_without_a_list_of_its_own_wants_prompts_and_options_are_checked():
+    with pytest.raises(ValueError, match="give prompts"):
+        build()(IMAGE, None)
+    for option, value in (("prompt_gate", "open"), ("prompt_direction", "write"), ("prompt_queries", "own"), ("decoder", "detr")):
+        with pytest.raises(ValueError, match=f"{option}: got '{value}', want one of"):
+            PMP(**TINY, **{option: value})
+    with pytest.raises(ValueError, match="pixel_decoder: got 'unet', want one of fpn, fpn_light, deformable"):
+        PMP(**TINY, pixel_decoder="unet")
+    for layers in ([3], [-1], []):
+        with pytest.raises(ValueError, match=r"prompt_layers: got .* want some of 0 to 2"):
+            PMP(**TINY, prompt_layers=layers)
+
+
+@torch.no_grad()
+def test_masks_at_a_levels_size_are_masks_made_smaller():
+    network = build()
+    features = network.encode(IMAGE)
+    query = torch.randn(2, 5, 32)
+    decoder = network.query_decoder
+    masks = torch.einsum("bqd,bdhw->bqhw", decoder.mask_head(decoder.norm(query)), features.mask_features)
+    for level, guide in zip(features.levels, features.guides, strict=True):
+        small = torch.nn.functional.interpolate(masks, size=level.shape[-2:], mode="bilinear").flatten(2)
+        wanted = small < 0
+        wanted &= ~wanted.all(-1, keepdim=True)
+        assert (decoder._blocked(query, guide) == wanted)[small.abs() > 1e-4].all()

@@ -14,7 +14,7 @@ from pmpseg.inference import answers, soft_masks, upsample
 from pmpseg.losses import SetLoss
 from pmpseg.metrics import PhraseMetrics, confusion_matrix, confusion_scores
 from pmpseg.models import PMP, Prediction
-from pmpseg.models.pmp import STRIDE, pad_to_stride
+from pmpseg.models.backbone import pad_to
 from pmpseg.training.pmp import keep_few
 from pmpseg.vocabulary import Vocabulary, parse_prompts
 
@@ -228,9 +228,9 @@ def test_run_lengths_are_cocos_and_come_back(mask):
 @given(st.integers(1, 150), st.integers(1, 150), st.integers(1, 90), st.integers(1, 90))
 def test_any_size_comes_back_as_asked(height, width, to_height, to_width):
     image = torch.rand(1, 1, height, width)
-    padded = pad_to_stride(image)
-    assert padded.shape[-2] % STRIDE == padded.shape[-1] % STRIDE == 0
-    assert padded.shape[-2] - height < STRIDE and padded.shape[-1] - width < STRIDE
+    padded = pad_to(image, 32)
+    assert padded.shape[-2] % 32 == padded.shape[-1] % 32 == 0
+    assert padded.shape[-2] - height < 32 and padded.shape[-1] - width < 32
     assert torch.equal(padded[..., :height, :width], image)
     assert not padded[..., height:, :].any() and not padded[..., width:].any()
     maps = torch.rand(1, 2, padded.shape[-2] // 4, padded.shape[-1] // 4)

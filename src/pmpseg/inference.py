@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .models.pmp import PMP, STRIDE
+from .models.pmp import MASK_STRIDE, PMP
 from .models.prompts import Prediction, Prompts
 from .models.query_decoder import Features
 from .vocabulary import Vocabulary
@@ -26,7 +26,7 @@ def with_synonyms(prompts: Sequence[str], vocabulary: Vocabulary) -> list[str | 
 
 def upsample(maps: Tensor, image_size: Size, size: Size | None = None) -> Tensor:
     """(B, C, h, w) maps of the padded image -> (B, C, *size): bilinear, the padding cut off."""
-    padded = [s + -s % STRIDE for s in image_size]
+    padded = [MASK_STRIDE * s for s in maps.shape[-2:]]
     maps = F.interpolate(maps, padded, mode="bilinear", align_corners=False)[..., : image_size[0], : image_size[1]]
     if size is None or tuple(size) == tuple(image_size):
         return maps

@@ -12,7 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .models.prompts import Prediction
+from .models.prompts import NOT_ASKED, Prediction
 
 
 class SetLoss(nn.Module):
@@ -113,6 +113,8 @@ class SetLoss(nn.Module):
         dice = 1 - (2 * prob @ truth.mT + 1) / (prob.sum(-1)[..., None] + truth.sum(-1)[:, None] + 1)
         named = -class_logits.softmax(-1)[..., :-1]
         cost = self.weights["class"] * named + self.weights["mask"] * bce + self.weights["dice"] * dice  # (L * B, Q, K)
+        # A query that is not asked a prompt, where each has queries of its own, cannot answer it.
+        cost = cost.masked_fill(class_logits[..., :-1] <= NOT_ASKED, 1e6)
         cost = torch.nan_to_num(cost, nan=1e6, posinf=1e6, neginf=-1e6).cpu()
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         for at, wanted in enumerate(there.cpu()):

@@ -31,11 +31,9 @@ class Scenes(SegmentationData):
     Args:
         image_size: 128 to 192 pixels; things keep their size in pixels.
         train_length, val_length, test_length: scenes in each split.
-        num_prompts: K, the prompts of a training image.
+        num_prompts: K, the prompts of a training image; null for all seen classes beside its phrases.
         batch_size, eval_batch_size, num_workers, seed: see ``SegmentationData``.
     """
-
-    num_prompts: int
 
     def __init__(
         self,
@@ -43,7 +41,7 @@ class Scenes(SegmentationData):
         train_length: int = 8000,
         val_length: int = 96,
         test_length: int = 240,
-        num_prompts: int = 20,
+        num_prompts: int | None = 20,
         batch_size: int = 16,
         eval_batch_size: int = 16,
         num_workers: int = 1,
@@ -95,7 +93,10 @@ class SceneDataset(SegmentationDataset):
         }
 
     def _num_prompts(self) -> int:
-        return self.data.num_prompts if self.split == "train" else len(PHRASE_KINDS) + ABSENT_AT_TEST
+        if self.split != "train":
+            return len(PHRASE_KINDS) + ABSENT_AT_TEST
+        # Without a number, classes first: the phrases of an image, present and absent, are at most as many again as kinds.
+        return self.data.num_prompts or len(self.data.vocabulary.seen) + 2 * len(PHRASE_KINDS)
 
     def test_phrases(self, scene: Scene, rng: np.random.Generator) -> list[Ask]:
         """One phrase of every kind that the scene has, and as many with nothing to find; none is a class, hence -1.
@@ -109,12 +110,12 @@ class SceneDataset(SegmentationDataset):
 
     def _training_prompts(self, scene: Scene, labels: np.ndarray, rng: np.random.Generator) -> list[Ask]:
         """Classes and phrases of the image, the rest absent ones, in any order."""
-        size = self.data.num_prompts
+        size = self._num_prompts()
         here = [int(c) for c in np.unique(labels)]
         absent = rng.permutation([c for c in self.data.vocabulary.seen if c not in here])
         kinds = [k for k in (*PHRASE_KINDS, "attributes") if k != "stuff"]
         phrases = [present_phrase(scene, kind, rng) for kind in kinds]
-        phrases += [absent_phrase(scene, rng) for _ in range(size // 5)]
+        phrases += [absent_phrase(scene, rng) for _ in range((self.data.num_prompts or 5 * len(PHRASE_KINDS)) // 5)]
         asked: list[Ask] = [(CLASSES[c], c, c) for c in here]
         asked += [(text, p, -1) for text, p in {p.text: p for p in phrases if p is not None}.items() if text not in CLASSES]
         asked += [(CLASSES[c], int(c), int(c)) for c in absent[: max(0, size - len(asked))]]

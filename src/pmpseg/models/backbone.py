@@ -15,16 +15,20 @@ from typing import Any, TypeGuard
 
 import timm
 import torch
+from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from ..errors import InputError
 from .clip import load_clip_vision
 from .pyramid import ViTPyramid
+from .swin import pad_then_shift
 from .towers import STRIDES, ClipTower, ConvTower, PyramidTower, ViTTower
 from .weights import load_weights
 
 WIDTH = 96
+SWIN = ("swin_tiny_", "swin_small_", "swin_base_", "swin_large_", "swin_s3_")  # not swinv2
 OPENAI = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
 # What a CLIP vision tower is built from; the rest of its config is not about its shape.
 VISION_KEYS = (
@@ -41,10 +45,11 @@ VISION_KEYS = (
 
 
 class Backbone(nn.Module):
-    """image (B, 3, H, W), float in [0, 1], H and W multiples of 32, to maps (B, C_i, H / s_i, W / s_i).
+    """image (B, 3, H, W), float in [0, 1], to maps (B, C_i, H / s_i, W / s_i), rounded up.
 
     strides: (4, 8, 16, 32).
     channels: the four C_i.
+    pad: images are padded with their mean colour at the right and bottom, to multiples of it.
     config: a plain dict for JSON; `build_backbone(config["name"], config=config)` makes the same network.
     loaded: one line on which tensors of a local file of weights were used; None without such a file.
 
@@ -65,6 +70,7 @@ class Backbone(nn.Module):
         self.channels = channels
         self.loaded: str | None = None
         self.frozen: bool = config["frozen"]
+        self.pad: int = config["pad"]
         if self.frozen:
             tower.requires_grad_(False)
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
@@ -78,18 +84,19 @@ class Backbone(nn.Module):
         return self
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """Raises ValueError for an image of another type or size."""
+        """Raises ValueError for an image of another type or shape."""
         if image.ndim != 4 or image.shape[1] != 3 or not image.is_floating_point():
             got = f"{image.dtype} {tuple(image.shape)}"
             raise ValueError(f"got an image {got}; wanted float (B, 3, H, W) with values in [0, 1]")
-        height, width = image.shape[-2:]
-        if height % 32 or width % 32:
-            fit = f"{-(-height // 32) * 32} x {-(-width // 32) * 32}"
-            raise ValueError(f"got an image of {height} x {width}; wanted multiples of 32: pad it to {fit}")
-        x = (image - self.mean) / self.std
+        x = pad_to((image - self.mean) / self.std, self.pad)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             maps = self.tower(x)
         return self.pyramid(x, maps) if self.pyramid else maps
+
+
+def pad_to(maps: Tensor, multiple: int) -> Tensor:
+    """(..., H, W) with zeros (or False) added at the right and bottom, up to multiples of ``multiple``."""
+    return F.pad(maps, (0, -maps.shape[-1] % multiple, 0, -maps.shape[-2] % multiple))
 
 
 def build_backbone(
@@ -102,6 +109,9 @@ def build_backbone(
     blocks: Sequence[int] | None = None,
     width: int | None = None,
     frozen: bool | None = None,
+    pad: int | None = None,
+    norms: bool | None = None,
+    options: dict | None = None,
 ) -> Backbone:
     """A backbone by name.
 
@@ -114,15 +124,23 @@ def build_backbone(
         two more, a quarter of the depth apart.
     width: of a ViT, the channels of each level of the pyramid, a multiple of 32. Default: 96.
     frozen: trains only what stands on top of the tower. Default: False.
+    pad: images are padded to multiples of it. Default: 32, with which all maps fit together exactly.
+    norms: a LayerNorm on each of the four maps, as Mask2Former and MaskFormer have behind a Swin. Default: False.
+    options: further arguments of the timm network, as `drop_path_rate`, or `depths` of one that timm has no name for.
 
     Raises InputError for a name, weights or setting that cannot be used, FileNotFoundError for a file that is
     not there.
     """
-    config = {"name": name, "frozen": False} | (config or {})
+    config = {"name": name, "frozen": False, "pad": 32, "norms": False, "options": {}} | (config or {})
     if config["name"] != name:
         raise InputError(f"got the config of backbone {config['name']!r} for {name!r}; wanted the same name")
-    given = {"mean": mean, "std": std, "blocks": blocks, "width": width, "frozen": frozen}
+    given: dict[str, Any] = {"mean": mean, "std": std, "blocks": blocks, "width": width, "frozen": frozen}
+    given |= {"pad": pad, "norms": norms, "options": options}
     config |= {key: value for key, value in given.items() if value is not None}
+    if config["pad"] < 1:
+        raise InputError(f"backbone got pad {config['pad']}; wanted 1 or more")
+    if name in ("clip", "conv") and (config["norms"] or config["options"]):
+        raise InputError(f"backbone {name!r} got norms or options; they are for timm's networks")
     build = {"clip": _build_clip, "conv": _build_conv}.get(name, _build_timm)
     return build(config, None if weights is None else str(weights))
 
@@ -154,17 +172,21 @@ def _build_conv(config: dict, weights: str | None) -> Backbone:
 
 
 def _build_timm(config: dict, weights: str | None) -> Backbone:
-    net = _create_timm(config["name"], weights)
+    net = _create_timm(config["name"], weights, config["options"])
     loaded = load_weights(net, weights, config["name"]) if _is_file(weights) else None
     config = {"mean": net.pretrained_cfg["mean"], "std": net.pretrained_cfg["std"]} | config
     if len(set(net.feature_info.reduction())) == 1:
         blocks = net.feature_info.info
         tower = ViTTower(net.model, _blocks(config, len(blocks)), patch=blocks[-1]["reduction"])
         backbone = _on_vit(tower, blocks[-1]["num_chs"], config)
+        if config["norms"]:
+            raise InputError(f"backbone {config['name']!r} is a plain ViT; 'norms' are not for it")
     elif "blocks" in config or "width" in config:
         raise InputError(f"backbone {config['name']!r} is no plain ViT; 'blocks' and 'width' are for those")
     else:
-        pyramid = PyramidTower(net, config["name"])
+        if any(isinstance(module, SwinTransformerBlock) for module in net.modules()):
+            pad_then_shift(net)
+        pyramid = PyramidTower(net, config["name"], config["norms"])
         backbone = Backbone(pyramid, _plain(config), pyramid.channels)
     backbone.loaded = loaded
     return backbone
@@ -187,7 +209,7 @@ def _blocks(config: dict, depth: int) -> list[int]:
     return blocks
 
 
-def _create_timm(name: str, weights: str | None) -> Any:
+def _create_timm(name: str, weights: str | None, arguments: dict) -> Any:
     """The network, with random weights or with those that timm itself fetches."""
     base = name.partition(".")[0]
     if not timm.is_model(base):
@@ -200,9 +222,13 @@ def _create_timm(name: str, weights: str | None) -> Any:
     pretrained_cfg = timm.get_pretrained_cfg(name)
     if pretrained_cfg is not None and pretrained_cfg.fixed_input_size:
         options["dynamic_img_size"] = True
+    if base.startswith(SWIN):
+        options["always_partition"] = True
     try:
-        return timm.create_model(name, **options)
+        return timm.create_model(name, **options, **arguments)
     except TypeError as error:
+        if arguments:
+            raise InputError(f"backbone {name!r} does not take options {arguments} ({error})") from error
         if "dynamic_img_size" not in options:
             raise
         raise InputError(f"backbone {name!r} takes images of one size; wanted one that takes any") from error

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+NOT_ASKED = -1e4  # the class logit of a prompt that a query is not asked: padding, or another query's
+
 
 class Prediction(NamedTuple):
     """What a network of queries answers.

@@ -1,62 +1,81 @@
 """Query decoder: learnable queries look at the image, **at the prompts**, and at each other; each ends as a mask and a name.
 
-Sources: masked attention, layer order and deep supervision from Mask2Former (arXiv 2112.01527, sec. 3.2); the cross-attention
-between text tokens and query tokens in every layer from PMP (arXiv 2412.10292), whose placement and form are unpublished and
-ours (``prompt_place``). Naming by cosine to text embeddings with a learnable "no object" follows OVSeg (arXiv 2210.04150,
-sec. 3.1), from features under the mask FC-CLIP (arXiv 2308.02487, sec. 3.3).
+Sources: ``masked`` attention, layer order and deep supervision from Mask2Former (arXiv 2112.01527, sec. 3.2), ``plain`` from
+MaskFormer (arXiv 2107.06278, sec. 3.3), which is DETR's; the cross-attention between text tokens and query tokens from PMP
+(arXiv 2412.10292), see ``prompt_attention``. Naming by cosine to text embeddings with a learnable "no object" follows OVSeg
+(arXiv 2210.04150, sec. 3.1), from features under the mask FC-CLIP (arXiv 2308.02487, sec. 3.3).
 
-Letters: B images, Q queries, K prompts, T tokens a prompt, D decoder width, E text width.
+Letters: B images, Q queries, K prompts, D decoder width, E text width.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pmpseg.errors import InputError
+from ..errors import InputError
+from .attention import Attention, flatten, sine_position
+from .prompt_attention import PromptAttention, PromptTokens, Text
+from .prompts import NOT_ASKED, Prediction, Prompts
 
-from .prompts import Prediction, Prompts
-
-PROMPT_ATTENTION = ("none", "pooled", "tokens", "shuffled")
-PROMPT_PLACE = ("first", "after_image")
-NAMED_BY = ("query", "mask", "both")
-MASK_POOLING = ("soft", "hard")
-STRANGERS = 256  # prompts that "shuffled" keeps to read from when it is asked about a single image
+CHOICES = {
+    "decoder": ("masked", "plain"),
+    "prompt_attention": ("none", "pooled", "tokens", "shuffled"),
+    "prompt_place": ("first", "after_image", "after_self"),
+    "prompt_direction": ("read", "both"),
+    "prompt_gate": ("none", "zero"),
+    "prompt_queries": ("shared", "repeated"),
+    "named_by": ("query", "mask", "both"),
+    "mask_pooling": ("soft", "hard"),
+}
 
 
 class Features(NamedTuple):
-    """An encoded image, good for any number of decodes: mask features (B, D, h, w) and levels, coarse first."""
+    """An encoded image, good for any number of decodes: mask features (B, D, h, w) and levels, coarse first.
+
+    ``guides`` are the mask features at the levels' sizes: what a mask is at a level is linear in them.
+    """
 
     mask_features: Tensor
     levels: list[Tensor]
+    guides: list[Tensor]
     area: Tensor  # (h, w) in [0, 1]: how much of each cell of the mask features is image, and not padding
 
     def repeat(self, count: int) -> "Features":
         """Each image ``count`` times in a row, for as many decodes in one batch."""
-        levels = [x.repeat_interleave(count, 0) for x in self.levels]
-        return Features(self.mask_features.repeat_interleave(count, 0), levels, self.area)
+        return self._each(lambda x: x.repeat_interleave(count, 0))
 
     def select(self, image: int) -> "Features":
         """One image of the batch, as a batch of its own."""
-        return Features(self.mask_features[image, None], [level[image, None] for level in self.levels], self.area)
+        return self._each(lambda x: x[image, None])
+
+    def _each(self, f) -> "Features":
+        return Features(f(self.mask_features), [f(x) for x in self.levels], [f(x) for x in self.guides], self.area)
 
 
 class QueryDecoder(nn.Module):
-    """``prompt_attention``: ``pooled`` (one embedding a prompt) or ``tokens`` (its words) guide the queries in every layer;
-    ``none`` is the blind baseline: the same queries propose without seeing a prompt, which then only picks by similarity.
-    ``shuffled`` is a control: ``pooled``'s parameters and layers, but queries read another image's prompts.
+    """``decoder``: ``masked``, where a query looks only inside its mask so far, level after level; or ``plain``, where it looks
+    everywhere on one level, and queries start as zeros.
 
-    ``prompt_place``: ``first`` in every layer, before the mask is predicted that steers the layer's image attention, so that no
-    look at the image is blind; or ``after_image``, where a query knows what it has just seen.
+    ``prompt_attention``: ``pooled`` (one embedding a prompt) or ``tokens`` (its words) guide the queries; ``none`` is the blind
+    baseline: the same queries propose without seeing a prompt, which then only picks by similarity. ``shuffled`` is a control:
+    ``pooled``'s parameters and layers, but queries read another image's prompts.
+
+    ``prompt_place``: ``first`` in a layer, before the mask is predicted that steers the layer's image attention, so that no
+    look at the image is blind; or ``after_image``, where a query knows what it has just seen; or ``after_self``.
+    ``prompt_direction``: queries ``read`` prompts; in ``both`` prompts read queries as well, for the next layers.
+    ``prompt_gate``: ``zero`` starts exactly as the decoder without prompts. ``prompt_layers``: which of the layers; None for all.
+    ``prompt_queries``: ``shared`` by all prompts, or ``repeated``: each prompt is decoded alone, with its own copy of them.
 
     ``named_by``: the ``query``, as in Mask2Former; the image features under its ``mask``; or ``both``, as in FC-CLIP. A query
     that has read a prompt can repeat it whatever is there; what is under the mask cannot. ``mask_pooling``: the mean weighted
     by the mask's probability, ``soft``, or over the pixels above one half, ``hard``, as FC-CLIP has it.
-    """
 
-    strangers: Tensor
+    ``num_classes``: of a closed list, named by a linear layer where no prompts are given; None for no such list.
+    """
 
     def __init__(
         self,
@@ -66,11 +85,17 @@ class QueryDecoder(nn.Module):
         num_layers: int = 9,
         num_heads: int = 8,
         ffn_dim: int = 2048,
+        decoder: str = "masked",
         prompt_attention: str = "pooled",
         prompt_place: str = "first",
+        prompt_direction: str = "read",
+        prompt_gate: str = "none",
+        prompt_layers: Sequence[int] | None = None,
+        prompt_queries: str = "shared",
         named_by: str = "mask",
         mask_pooling: str = "soft",
         pixel_head: bool = False,
+        num_classes: int | None = None,
     ) -> None:
         super().__init__()
         if dim < 4 or num_heads < 1 or dim % 4 or dim % num_heads:
@@ -78,23 +103,25 @@ class QueryDecoder(nn.Module):
         for name, value in (("num_queries", num_queries), ("num_layers", num_layers), ("ffn_dim", ffn_dim)):
             if value < 1:
                 raise InputError(f"{name}: got {value}, want 1 or more")
-        chosen = {"prompt_attention": (prompt_attention, PROMPT_ATTENTION), "prompt_place": (prompt_place, PROMPT_PLACE)}
-        chosen |= {"named_by": (named_by, NAMED_BY), "mask_pooling": (mask_pooling, MASK_POOLING)}
-        for name, (choice, known) in chosen.items():
-            if choice not in known:
-                raise InputError(f"{name}: got {choice!r}, want one of {', '.join(known)}")
-        self.prompt_attention, self.named_by, self.mask_pooling = prompt_attention, named_by, mask_pooling
-        self.query = nn.Parameter(torch.randn(num_queries, dim) * 0.02)
+        given = locals()
+        for name, known in CHOICES.items():
+            if given[name] not in known:
+                raise InputError(f"{name}: got {given[name]!r}, want one of {', '.join(known)}")
+        self.masked, self.named_by, self.mask_pooling = decoder == "masked", named_by, mask_pooling
+        self.repeated = prompt_queries == "repeated" and prompt_attention != "none"
+        reading = _reading(prompt_layers, num_layers) if prompt_attention != "none" else []
+
+        self.query = nn.Parameter(torch.randn(num_queries, dim) * 0.02) if self.masked else None
         self.query_position = nn.Parameter(torch.randn(num_queries, dim) * 0.02)
-        self.level_embedding = nn.Parameter(torch.randn(3, dim) * 0.02)
-        guided = prompt_attention != "none"
-        place = prompt_place if guided else None
-        self.layers = nn.ModuleList(DecoderLayer(dim, num_heads, ffn_dim, place) for _ in range(num_layers))
-        self.read_prompt = nn.Sequential(nn.Linear(text_dim, dim), nn.LayerNorm(dim)) if guided else None
-        # Attended to when no prompt concerns a query; it also keeps the softmax defined when every prompt is padding.
-        self.no_prompt = nn.Parameter(torch.zeros(dim)) if guided else None
-        if prompt_attention == "shuffled":
-            self.register_buffer("strangers", torch.zeros(STRANGERS, text_dim))
+        self.level_embedding = nn.Parameter(torch.randn(3, dim) * 0.02) if self.masked else None
+        self.prompt_tokens = PromptTokens(prompt_attention, text_dim, dim) if reading else None
+        layers = []
+        for i in range(num_layers):
+            # What prompts read in the last layer that reads them nobody would read.
+            writes = prompt_direction == "both" and i in reading[:-1]
+            guide = PromptAttention(dim, num_heads, prompt_gate == "zero", writes) if i in reading else None
+            layers.append(DecoderLayer(dim, num_heads, ffn_dim, self.masked, guide, prompt_place))
+        self.layers = nn.ModuleList(layers)
 
         self.norm = nn.LayerNorm(dim)
         self.mask_head = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
@@ -102,69 +129,79 @@ class QueryDecoder(nn.Module):
         self.name_head = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, text_dim))
         self.no_object = nn.Parameter(torch.randn(text_dim) * text_dim**-0.5)
         self.log_scale = nn.Parameter(torch.tensor(math.log(20.0)))
+        # Not trained with prompts, which is what this package trains: every trainable parameter must reach the loss.
+        self.class_head = nn.Linear(dim, num_classes + 1).requires_grad_(False) if num_classes else None
         # Names pixels directly. Only its loss is used: a backbone learns what things are faster than through matched queries.
         self.pixel_head = nn.Conv2d(dim, text_dim, 1) if pixel_head else None
         self.pixel_bias = nn.Parameter(torch.tensor(-2.0)) if pixel_head else None
 
-    def forward(self, features: Features, prompts: Prompts) -> Prediction:
-        batch = len(features.mask_features)
-        levels = [level.flatten(2).transpose(1, 2) + self.level_embedding[i] for i, level in enumerate(features.levels)]
+    def forward(self, features: Features, prompts: Prompts | None, aux: bool | None = None) -> Prediction:
+        """``prompts`` None: class logits over the closed list, nothing guides. ``aux``: also answer for every earlier layer, by
+        default in training only, which is where they are needed.
+        """
+        if prompts is not None and self.repeated and prompts.valid.shape[1] > 1:
+            return self._decode_repeated(features, prompts, aux)
+        batch, aux = len(features.mask_features), self.training if aux is None else aux
+        levels = [flatten(level) for level in features.levels]
+        if self.level_embedding is not None:
+            levels = [level + e for level, e in zip(levels, self.level_embedding, strict=True)]
         positions = [sine_position(level) for level in features.levels]
-        text = self._prompt_tokens(prompts)
-        names = torch.cat([prompts.pooled, self.no_object.expand(batch, 1, -1)], 1)  # (B, K + 1, E)
-        names = F.normalize(names.float(), dim=-1)
+        text = None if prompts is None or self.prompt_tokens is None else self.prompt_tokens(prompts)
+        names = self._names(prompts, batch)
 
-        query = self.query.expand(batch, -1, -1)  # (B, Q, D)
+        start = torch.zeros_like(self.query_position) if self.query is None else self.query
+        query, position = start.expand(batch, -1, -1), self.query_position  # (B, Q, D)
         outputs: list[tuple[Tensor, Tensor]] = []
         layer: DecoderLayer
         for i, layer in enumerate(self.layers):  # type: ignore[assignment]
-            at = i % len(levels)
-            if layer.prompt_place == "first":  # before the mask that steers the next look
-                query = layer.read(query, self.query_position, text)
-            outputs.append(self._predict(query, features, names, prompts.valid))
-            blocked = self._blocked(outputs[-1][0], features.levels[at].shape[-2:])
-            query = layer(query, self.query_position, levels[at], positions[at], blocked, text)
-        outputs.append(self._predict(query, features, names, prompts.valid))
-        masks, classes = outputs[-1]
-        return Prediction(masks, classes, outputs[:-1], self._name_pixels(features.mask_features, names[:, :-1]))
+            at, blocked = i % len(levels), None
+            query, text = layer.read_at("first", query, position, text)  # before the mask that steers the next look
+            if aux and (i > 0 or self.masked):
+                outputs.append(self._predict(query, features, prompts, names))
+            if self.masked:
+                blocked = self._blocked(query, features.guides[at])
+            query, text = layer(query, position, levels[at], positions[at], blocked, text)
+        masks, classes = self._predict(query, features, prompts, names)
+        return Prediction(masks, classes, outputs, self._name_pixels(features.mask_features, names))
 
-    def _prompt_tokens(self, prompts: Prompts) -> tuple[Tensor, Tensor] | None:
-        """What queries read: (B, N, D) and which of it is real (B, N); the last one is "no prompt"."""
-        if self.read_prompt is None or self.no_prompt is None:
+    def _decode_repeated(self, features: Features, prompts: Prompts, aux: bool | None) -> Prediction:
+        """Every prompt alone, with its own copy of the queries: (B, K * Q) queries, each of which is asked one prompt."""
+        batch, count = prompts.valid.shape
+        single = self(features.repeat(count), prompts.one_by_one(), aux)
+        own = torch.eye(count, dtype=torch.bool, device=prompts.valid.device)[:, None]  # (K, 1, K)
+
+        def merge(masks: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+            classes = classes.unflatten(0, (batch, count))  # (B, K, Q, 2)
+            asked = torch.where(own, classes[..., :1], NOT_ASKED)
+            classes = torch.cat([asked, classes[..., 1:]], -1).flatten(1, 2)  # (B, K * Q, K + 1)
+            return masks.unflatten(0, (batch, count)).flatten(1, 2), classes
+
+        pixels = self._name_pixels(features.mask_features, self._names(prompts, batch))
+        return Prediction(*merge(single.mask_logits, single.class_logits), [merge(*layer) for layer in single.aux], pixels)
+
+    def _names(self, prompts: Prompts | None, batch: int) -> Tensor | None:
+        """What queries may be called: the prompts and "no object", (B, K + 1, E), of length 1."""
+        if prompts is None:
+            if self.class_head is None:
+                raise InputError("prompts: got None, but this network has no list of classes of its own: give prompts")
             return None
-        pooled = F.normalize(prompts.pooled, dim=-1)
-        if self.prompt_attention in ("pooled", "shuffled"):
-            text, valid = pooled, prompts.valid
-            if self.prompt_attention == "shuffled":
-                text, valid = self._of_another_image(text, valid)
-        else:
-            # Each word also carries its phrase, or the words of several prompts would be one bag.
-            text = (F.normalize(prompts.tokens, dim=-1) + pooled[:, :, None]).flatten(1, 2)
-            valid = (prompts.token_valid & prompts.valid[..., None]).flatten(1)
-        batch, text = len(text), text * text.shape[-1] ** 0.5  # unit variance, or the projection's bias would drown it
-        text = torch.cat([self.read_prompt(text), self.no_prompt.expand(batch, 1, -1)], 1)
-        return text, F.pad(valid, (0, 1), value=True)
+        names = torch.cat([prompts.pooled, self.no_object.expand(batch, 1, -1)], 1)
+        return F.normalize(names.float(), dim=-1)
 
-    def _of_another_image(self, text: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """In training the prompts of the batch's image before; otherwise, as many as are asked, from the last training batch."""
-        if self.training:
-            if len(text) < 2:
-                raise InputError("prompt_attention 'shuffled' reads another image's prompts: it needs a batch_size of 2 or more")
-            with torch.no_grad():
-                real = text[valid].to(self.strangers.dtype)
-                self.strangers.copy_(real[torch.arange(STRANGERS, device=text.device) % len(real)])
-            return text.roll(1, 0), valid.roll(1, 0)
-        any_of_them = (torch.arange(valid.numel(), device=text.device) * 97 + 13) % STRANGERS
-        return self.strangers[any_of_them].to(text.dtype).view_as(text), valid
-
-    def _predict(self, query: Tensor, features: Features, names: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    def _predict(
+        self, query: Tensor, features: Features, prompts: Prompts | None, names: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Mask logits (B, Q, h, w) and class logits (B, Q, K + 1)."""
         query = self.norm(query)
         mask_logits = torch.einsum("bqd,bdhw->bqhw", self.mask_head(query), features.mask_features)
+        if prompts is None or names is None:
+            assert self.class_head is not None
+            return mask_logits, self.class_head(query)
         embedding = F.normalize(self.name_head(self._evidence(query, mask_logits, features)).float(), dim=-1)  # (B, Q, E)
         with torch.autocast(query.device.type, enabled=False):  # cosines times 100 need more than 8 bits
             scale = self.log_scale.float().clamp(max=math.log(100.0)).exp()
             class_logits = scale * torch.einsum("bqe,bke->bqk", embedding, names)  # (B, Q, K + 1)
-        return mask_logits, class_logits.masked_fill(~F.pad(valid, (0, 1), value=True)[:, None], -1e4)
+        return mask_logits, class_logits.masked_fill(~F.pad(prompts.valid, (0, 1), value=True)[:, None], NOT_ASKED)
 
     def _evidence(self, query: Tensor, mask_logits: Tensor, features: Features) -> Tensor:
         """What a query is named by, (B, Q, D): itself, the mean features under its mask, or their sum."""
@@ -179,30 +216,35 @@ class QueryDecoder(nn.Module):
         seen = self.under_mask(torch.einsum("bqhw,bdhw->bqd", weight.to(features.mask_features.dtype), features.mask_features))
         return seen if self.named_by == "mask" else query + seen
 
-    def _name_pixels(self, mask_features: Tensor, names: Tensor) -> Tensor | None:
+    def _name_pixels(self, mask_features: Tensor, names: Tensor | None) -> Tensor | None:
         """(B, K, h, w) logits in training; nobody reads them afterwards."""
-        if self.pixel_head is None or self.pixel_bias is None or not self.training:
+        if self.pixel_head is None or self.pixel_bias is None or names is None or not self.training:
             return None
-        return torch.einsum("bkc,bchw->bkhw", names, self.pixel_head(mask_features)) + self.pixel_bias
+        return torch.einsum("bkc,bchw->bkhw", names[:, :-1], self.pixel_head(mask_features)) + self.pixel_bias
 
-    @staticmethod
-    def _blocked(mask_logits: Tensor, size: torch.Size) -> Tensor:
-        """Where a query may not look next: outside its own mask, or nowhere if that mask is empty. (B, Q, h * w) bool."""
-        masks = F.interpolate(mask_logits.detach(), size=size, mode="bilinear", align_corners=False).flatten(2)
+    @torch.no_grad()
+    def _blocked(self, query: Tensor, guide: Tensor) -> Tensor:
+        """Where a query may not look next: outside its own mask, or nowhere if that mask is empty. (B, Q, h * w) bool.
+
+        The mask at the level's size, without making it at its own size first.
+        """
+        masks = self.mask_head(self.norm(query)) @ guide.flatten(2)
         blocked = masks < 0  # sigmoid < 0.5
         return blocked & ~blocked.all(-1, keepdim=True)
 
 
 class DecoderLayer(nn.Module):
-    """(Prompt attention ->) masked image attention (-> prompt attention) -> self-attention -> FFN, each with a residual and a
-    norm after it."""
+    """Image attention and self-attention (in the other order if not ``masked``), then FFN, each with a residual and a norm after
+    it; the prompts are read at ``prompt_place``, if there is a ``guide``.
+    """
 
-    def __init__(self, dim: int, num_heads: int, ffn_dim: int, prompt_place: str | None) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, ffn_dim: int, masked: bool, guide: PromptAttention | None, prompt_place: str
+    ) -> None:
         super().__init__()
-        self.prompt_place, guided = prompt_place, prompt_place is not None
+        self.order = ("image", "self") if masked else ("self", "image")
+        self.guide, self.prompt_place = guide, prompt_place
         self.image_attention, self.image_norm = Attention(dim, num_heads), nn.LayerNorm(dim)
-        self.prompt_attention = Attention(dim, num_heads) if guided else None
-        self.prompt_norm = nn.LayerNorm(dim) if guided else nn.Identity()
         self.self_attention, self.self_norm = Attention(dim, num_heads), nn.LayerNorm(dim)
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.ReLU(), nn.Linear(ffn_dim, dim))
         self.ffn_norm = nn.LayerNorm(dim)
@@ -213,55 +255,29 @@ class DecoderLayer(nn.Module):
         query_position: Tensor,
         image: Tensor,
         image_position: Tensor,
-        blocked: Tensor,
-        text: tuple[Tensor, Tensor] | None,
-    ) -> Tensor:
-        seen = self.image_attention(query + query_position, image + image_position, image, ~blocked[:, None])
-        query = self.image_norm(query + seen)
-        if self.prompt_place == "after_image":
-            query = self.read(query, query_position, text)
-        at = query + query_position
-        query = self.self_norm(query + self.self_attention(at, at, query))
-        return self.ffn_norm(query + self.ffn(query))
+        blocked: Tensor | None,
+        text: Text | None,
+    ) -> tuple[Tensor, Text | None]:
+        for part in self.order:
+            at = query + query_position
+            if part == "image":
+                allowed = None if blocked is None else ~blocked[:, None]
+                query = self.image_norm(query + self.image_attention(at, image + image_position, image, allowed))
+            else:
+                query = self.self_norm(query + self.self_attention(at, at, query))
+            query, text = self.read_at(f"after_{part}", query, query_position, text)
+        return self.ffn_norm(query + self.ffn(query)), text
 
-    def read(self, query: Tensor, query_position: Tensor, text: tuple[Tensor, Tensor] | None) -> Tensor:
-        if self.prompt_attention is None or text is None:
-            return query
-        tokens, valid = text
-        return self.prompt_norm(query + self.prompt_attention(query + query_position, tokens, tokens, valid[:, None, None]))
-
-
-class Attention(nn.Module):
-    """Multi-head attention; ``allowed`` is bool, broadcastable to (B, heads, queries, keys), True where a query may look."""
-
-    def __init__(self, dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))
-        for layer in (self.q, self.k, self.v):
-            nn.init.xavier_uniform_(layer.weight)
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
-        q, k, v = (self._heads(f(x)) for f, x in ((self.q, query), (self.k, key), (self.v, value)))
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)  # (B, heads, Q, D / heads)
-        return self.out(mixed.transpose(1, 2).flatten(2))
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+    def read_at(self, place: str, query: Tensor, query_position: Tensor, text: Text | None) -> tuple[Tensor, Text | None]:
+        """Queries and text after they have read each other, if ``place`` is where they do."""
+        if self.guide is None or text is None or place != self.prompt_place:
+            return query, text
+        return self.guide(query, query_position, text)
 
 
-def sine_position(level: Tensor, temperature: float = 10000.0) -> Tensor:
-    """DETR's sine position embedding for a map (B, D, h, w) -> (h * w, D); D is a multiple of 4."""
-    dim, height, width = level.shape[1:]
-    half = dim // 2
-    steps = torch.arange(half, device=level.device, dtype=torch.float32)
-    period = temperature ** (2 * (steps // 2) / half)
-
-    def wave(length: int) -> Tensor:
-        at = torch.arange(1, length + 1, device=level.device, dtype=torch.float32) / (length + 1e-6) * 2 * math.pi
-        angle = at[:, None] / period
-        return torch.stack([angle[:, 0::2].sin(), angle[:, 1::2].cos()], 2).flatten(1)  # (length, D / 2)
-
-    y, x = wave(height), wave(width)
-    grid = torch.cat([y[:, None].expand(-1, width, -1), x[None].expand(height, -1, -1)], -1)
-    return grid.flatten(0, 1).to(level.dtype)
+def _reading(prompt_layers: Sequence[int] | None, num_layers: int) -> list[int]:
+    """The layers that read prompts, from 0, in rising order."""
+    layers = list(range(num_layers)) if prompt_layers is None else sorted(set(prompt_layers))
+    if not layers or layers[0] < 0 or layers[-1] >= num_layers:
+        raise InputError(f"prompt_layers: got {prompt_layers}, want some of 0 to {num_layers - 1}, or null for all")
+    return layers

@@ -16,9 +16,9 @@ STRIDES = (4, 8, 16, 32)
 
 
 class PyramidTower(nn.Module):
-    """A timm feature network that has maps of strides 4, 8, 16, 32 among its own."""
+    """A timm feature network that has maps of strides 4, 8, 16, 32 among its own; ``norms`` puts a LayerNorm on each."""
 
-    def __init__(self, net: Any, name: str) -> None:
+    def __init__(self, net: Any, name: str, norms: bool = False) -> None:
         super().__init__()
         strides, channels = net.feature_info.reduction(), net.feature_info.channels()
         if not set(STRIDES) <= set(strides):
@@ -27,11 +27,15 @@ class PyramidTower(nn.Module):
         self.picks = [max(i for i, s in enumerate(strides) if s == stride) for stride in STRIDES]
         self.channels = tuple(channels[i] for i in self.picks)
         self.nhwc = getattr(net, "output_fmt", "NCHW") == "NHWC"
+        self.norms = nn.ModuleList(nn.LayerNorm(c) for c in self.channels) if norms else None
 
     def forward(self, x: Tensor) -> list[Tensor]:
         maps = self.net(x)
         maps = [maps[i] for i in self.picks]
-        return [m.permute(0, 3, 1, 2) for m in maps] if self.nhwc else maps
+        if self.norms is not None:
+            maps = [m if self.nhwc else m.permute(0, 2, 3, 1) for m in maps]
+            maps = [norm(m) for norm, m in zip(self.norms, maps, strict=True)]
+        return [m.permute(0, 3, 1, 2) for m in maps] if self.nhwc or self.norms is not None else maps
 
 
 class ConvTower(nn.Module):

@@ -14,8 +14,9 @@ from pmpseg.errors import InputError
 from pmpseg.evaluation import Evaluator, numbers, table
 from pmpseg.hub import shipped_or
 from pmpseg.losses import SetLoss
+from pmpseg.models.backbone import pad_to
 from pmpseg.models.clip import TextEncoder
-from pmpseg.models.pmp import PMP, pad_to_stride
+from pmpseg.models.pmp import PMP
 
 
 class PMPModule(LightningModule):
@@ -24,11 +25,18 @@ class PMPModule(LightningModule):
     Args:
         text: Hugging Face folder or hub id of a CLIP or a sentence encoder; "tiny_clip" ships with pmpseg.
         templates: each phrase is put into all of them and the embeddings averaged.
+        start_from: folder or hub id of a Mask2Former or MaskFormer, whose network and weights are taken, with prompts on top;
+            what is said of the backbone and of the decoders' sizes is then not used.
         backbone: "clip", "conv" (small, for training from scratch), or any timm name.
         backbone_weights: null (random), "timm", a hub id, or a local file or folder.
         backbone_frozen: leave the pretrained part of the backbone as it is.
         backbone_mean: of images in [0, 1], where it differs from what the name was trained with.
         backbone_std: likewise.
+        pixel_decoder: fpn (MaskFormer's), fpn_light (less at its ends), or deformable (Mask2Former's).
+        encoder_layers: of a deformable pixel decoder; Mask2Former has 6.
+        encoder_ffn_dim: of their feed-forward parts; Mask2Former has 1024.
+        decoder: whether queries look inside their masks only, on three levels (masked, Mask2Former), or everywhere on one (plain,
+            MaskFormer).
         dim: width of the decoders; Mask2Former has 256.
         num_queries: masks proposed for an image; Mask2Former has 100.
         num_layers: of the query decoder; Mask2Former has 9.
@@ -36,7 +44,11 @@ class PMPModule(LightningModule):
         ffn_dim: of its feed-forward parts; Mask2Former has 2048.
         prompt_attention: what queries read of a prompt in every layer: one pooled embedding, its word tokens, none of it (blind
             proposals), or, as a control, another image's (shuffled).
-        prompt_place: whether they read first in a layer, or after their look at the image.
+        prompt_place: whether they read first in a layer, after their look at the image, or after their look at each other.
+        prompt_direction: whether only queries read prompts, or both read each other.
+        prompt_gate: zero, where what is read is added through a gate that starts at zero, or none; null is zero with start_from.
+        prompt_layers: the layers in which they read, from 0; null for all.
+        prompt_queries: shared by all prompts, or repeated: each prompt is decoded alone, which costs as many decodes.
         named_by: what a query is named by: itself, the image features under its mask, or both.
         mask_pooling: whether those features are weighted by the mask's probability (soft), or those above one half count (hard).
         few_prompts: share of training images whose queries are asked one to three of the prompts only, as users ask; a pixel
@@ -58,18 +70,27 @@ class PMPModule(LightningModule):
         self,
         text: str = "tiny_clip",
         templates: tuple[str, ...] = ("{}",),
+        start_from: str | None = None,
         backbone: str = "clip",
         backbone_weights: str | None = "tiny_clip",
         backbone_frozen: bool = False,
         backbone_mean: tuple[float, float, float] | None = None,
         backbone_std: tuple[float, float, float] | None = None,
+        pixel_decoder: Literal["fpn", "fpn_light", "deformable"] = "fpn_light",
+        encoder_layers: int = 6,
+        encoder_ffn_dim: int = 1024,
+        decoder: Literal["masked", "plain"] = "masked",
         dim: int = 128,
         num_queries: int = 32,
         num_layers: int = 3,
         num_heads: int = 8,
         ffn_dim: int = 512,
         prompt_attention: Literal["none", "pooled", "tokens", "shuffled"] = "pooled",
-        prompt_place: Literal["first", "after_image"] = "first",
+        prompt_place: Literal["first", "after_image", "after_self"] = "first",
+        prompt_direction: Literal["read", "both"] = "read",
+        prompt_gate: Literal["none", "zero"] | None = None,
+        prompt_layers: list[int] | None = None,
+        prompt_queries: Literal["shared", "repeated"] = "shared",
         named_by: Literal["query", "mask", "both"] = "mask",
         mask_pooling: Literal["soft", "hard"] = "soft",
         few_prompts: float = 0.0,
@@ -90,24 +111,38 @@ class PMPModule(LightningModule):
             raise InputError(f"few_prompts: got {few_prompts}, want 0 to 1, a share of the images")
         self.save_hyperparameters()
         self.text = TextEncoder(shipped_or(text), templates)
-        self.network = PMP(
-            text_dim=self.text.dim,
-            backbone=backbone,
-            backbone_weights=backbone_weights and shipped_or(backbone_weights),
-            backbone_frozen=backbone_frozen,
-            backbone_mean=backbone_mean,
-            backbone_std=backbone_std,
-            dim=dim,
-            num_queries=num_queries,
-            num_layers=num_layers,
-            num_heads=num_heads,
-            ffn_dim=ffn_dim,
-            prompt_attention=prompt_attention,
-            prompt_place=prompt_place,
-            named_by=named_by,
-            mask_pooling=mask_pooling,
-            pixel_head=pixel_weight > 0,
-        )
+        guidance: dict[str, Any] = {
+            "prompt_attention": prompt_attention,
+            "prompt_place": prompt_place,
+            "prompt_direction": prompt_direction,
+            "prompt_gate": prompt_gate or ("zero" if start_from else "none"),
+            "prompt_layers": prompt_layers,
+            "prompt_queries": prompt_queries,
+            "named_by": named_by,
+            "mask_pooling": mask_pooling,
+            "pixel_head": pixel_weight > 0,
+        }
+        if start_from:
+            self.network = PMP.from_transformers(start_from, self.text.dim, **guidance)
+        else:
+            self.network = PMP(
+                text_dim=self.text.dim,
+                backbone=backbone,
+                backbone_weights=backbone_weights and shipped_or(backbone_weights),
+                backbone_frozen=backbone_frozen,
+                backbone_mean=backbone_mean,
+                backbone_std=backbone_std,
+                pixel_decoder=pixel_decoder,
+                encoder_layers=encoder_layers,
+                encoder_ffn_dim=encoder_ffn_dim,
+                decoder=decoder,
+                dim=dim,
+                num_queries=num_queries,
+                num_layers=num_layers,
+                num_heads=num_heads,
+                ffn_dim=ffn_dim,
+                **guidance,
+            )
         self.network.to(memory_format=torch.channels_last)  # several times faster for depthwise convolutions on CPUs
         self.loss = SetLoss(class_weight, mask_weight, dice_weight, no_object_weight, num_points, pixel_weight=pixel_weight)
         self.strict_loading = False  # checkpoints leave frozen weights out: they come from where they are named
@@ -128,14 +163,15 @@ class PMPModule(LightningModule):
         # Where prompts bring their own masks, what is outside is known not to be meant, labelled or not.
         counted = torch.ones_like(masks[:, 0]) if "prompt_masks" in batch else batch["labels"] != IGNORE
         # The network's masks cover the padded image.
-        losses = self.loss(prediction, pad_to_stride(masks), present & asked, pad_to_stride(counted), prompts.valid)
+        masks, counted = pad_to(masks, self.network.pad), pad_to(counted, self.network.pad)
+        losses = self.loss(prediction, masks, present & asked, counted, prompts.valid)
         for name, value in losses.items():
             self.log(f"train/{name}", value.detach(), prog_bar=name == "loss", batch_size=len(masks))
         return losses["loss"]
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         steps, p = self.trainer.estimated_stepping_batches, self.hparams
-        backbone_lr_factor = p["backbone_lr_factor"] if p["backbone_weights"] else 1.0
+        backbone_lr_factor = p["backbone_lr_factor"] if p["start_from"] or p["backbone_weights"] else 1.0
         optimizer = torch.optim.AdamW(parameter_groups(self.network, p["lr"], backbone_lr_factor, p["weight_decay"]))
 
         def factor(step: int) -> float:

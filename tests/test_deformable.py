@@ -1,0 +1,78 @@
+"""Deformable attention: both ways of sampling against a loop over single points."""
+
+import math
+
+import pytest
+import torch
+
+from pmpseg.models.deformable import DeformableAttention, places_in_pixels, sample_grids, sample_rows
+
+SIZES = [(2, 3), (4, 6), (7, 5)]
+COUNT = sum(h * w for h, w in SIZES)
+
+
+def case(seed: int = 0, batch: int = 2, asked: int = 9, heads: int = 2, points: int = 4, width: int = 3):
+    g = torch.Generator().manual_seed(seed)
+    value = torch.randn(batch, COUNT, heads, width, generator=g)
+    extent = torch.tensor([(w, h) for h, w in SIZES])[:, None]
+    # Some of them far outside, some exactly on centres and edges.
+    pixels = torch.rand(batch, asked, heads, len(SIZES), points, 2, generator=g) * (extent + 4) - 2.5
+    pixels[:, 0] = pixels[:, 0].round()
+    pixels[:, 1] = -0.5
+    weights = torch.rand(batch, asked, heads, len(SIZES), points, generator=g)
+    return value, pixels, weights
+
+
+def loop(value, pixels, weights):
+    """One point after the other."""
+    batch, asked, heads, _, points, _ = pixels.shape
+    out = torch.zeros(batch, asked, heads, value.shape[-1])
+    start = 0
+    for level, (height, width) in enumerate(SIZES):
+        table = value[:, start : start + height * width].unflatten(1, (height, width))
+        start += height * width
+        for b in range(batch):
+            for n in range(asked):
+                for h in range(heads):
+                    for p in range(points):
+                        x, y = pixels[b, n, h, level, p].tolist()
+                        for j in (math.floor(y), math.floor(y) + 1):
+                            for i in (math.floor(x), math.floor(x) + 1):
+                                if 0 <= j < height and 0 <= i < width:
+                                    share = (1 - abs(x - i)) * (1 - abs(y - j))
+                                    out[b, n, h] += weights[b, n, h, level, p] * share * table[b, j, i, h]
+    return out.flatten(2)
+
+
+@pytest.mark.parametrize("sample", [sample_rows, sample_grids])
+def test_samples_are_those_of_a_loop(sample):
+    given = case()
+    torch.testing.assert_close(sample(*given, SIZES), loop(*given), atol=1e-5, rtol=1e-5)
+
+
+def test_both_ways_have_one_gradient():
+    gradients = []
+    for sample in (sample_rows, sample_grids):
+        given = [x.requires_grad_() for x in case(1)]
+        sample(*given, SIZES).square().sum().backward()
+        gradients.append([x.grad for x in given])
+    for a, b in zip(*gradients, strict=True):
+        # On the points that lie exactly on a pixel's centre the slope is either side's.
+        torch.testing.assert_close(a[:, 2:] if a.ndim > 4 else a, b[:, 2:] if b.ndim > 4 else b, atol=1e-4, rtol=1e-4)
+
+
+def test_a_place_lies_at_the_same_share_of_every_level():
+    places = places_in_pixels(SIZES, torch.zeros(1))
+    assert places.shape == (COUNT, 3, 2)
+    own = torch.tensor([(x, y) for h, w in SIZES for y in range(h) for x in range(w)])
+    level = torch.repeat_interleave(torch.arange(3), torch.tensor([h * w for h, w in SIZES]))
+    torch.testing.assert_close(places[torch.arange(COUNT), level], own.float(), atol=1e-5, rtol=0)
+    # The first place of level 0, in level 1.
+    torch.testing.assert_close(places[0, 1], torch.tensor([(0.5 / 3) * 6 - 0.5, (0.5 / 2) * 4 - 0.5]))
+
+
+def test_the_first_look_goes_into_as_many_directions_as_there_are_heads():
+    bias = DeformableAttention(16, 8, 3, 4).offsets.bias.view(8, 3, 4, 2)
+    assert torch.equal(bias[:, 0], bias[:, 2])
+    assert torch.allclose(bias.abs().amax(-1)[:, 0], torch.arange(1.0, 5.0).expand(8, 4))
+    assert len({tuple(d) for d in bias[:, 0, 0].round(decimals=3).tolist()}) == 8
