@@ -7,9 +7,9 @@ import torch
 from torch.nn import functional as F
 
 from pmpseg.inference import upsample
-from pmpseg.losses import SetLoss, dice_loss, pixel_loss, sample
+from pmpseg.losses import Masks, SetLoss, dice_loss, pixel_loss, sample
 from pmpseg.models.backbone import pad_to
-from pmpseg.models.prompts import Prediction
+from pmpseg.models.prompts import MaskFactors, Prediction
 
 
 def small(batch=2, queries=4, prompts=3, size=8, layers=1, seed=0):
@@ -25,7 +25,7 @@ def test_the_matching_is_the_cheapest_of_all():
     prediction, masks, present = small(batch=1, queries=3, prompts=2)
     loss = SetLoss(num_points=4096)
     torch.manual_seed(0)
-    _, query, prompt = loss.match(*prediction[:2], masks.float(), present, torch.ones(1, 1, 8, 8))
+    _, query, prompt = loss.match(Masks(prediction.mask_logits), prediction.class_logits, masks.float(), present, torch.ones(1, 1, 8, 8))
     found = dict(zip(prompt.tolist(), query.tolist(), strict=True))
 
     def cost(q: int, k: int) -> float:
@@ -167,5 +167,39 @@ def test_the_masks_cross_entropy_takes_part_in_the_matching():
     logits[0, 1], logits[0, 1, 0] = 10.0, -50.0
     masks, present = torch.ones(1, 1, 10, 10), torch.ones(1, 1, dtype=torch.bool)
     for weight, wanted in ((5.0, 0), (0.0, 1)):
-        _, query, _ = SetLoss(mask_weight=weight, num_points=2000).match(logits, torch.zeros(1, 2, 2), masks, present, masks)
+        _, query, _ = SetLoss(mask_weight=weight, num_points=2000).match(Masks(logits), torch.zeros(1, 2, 2), masks, present, masks)
         assert query.tolist() == [wanted]
+
+
+def test_masks_as_products_are_the_same_masks():
+    """The loss and all gradients, whether masks are given whole or as factors."""
+    torch.manual_seed(0)
+    features, classes = torch.randn(2, 6, 8, 12), [torch.randn(2, 5, 4) for _ in range(3)]
+    embedding = torch.randn(3, 2, 5, 6)
+    masks, present = torch.rand(2, 3, 32, 48) > 0.6, torch.tensor([[True, False, True], [False, True, False]])
+    counted, results = torch.rand(2, 32, 48) > 0.1, []
+    for as_products in (False, True):
+        leaves = [x.clone().requires_grad_() for x in (features, embedding, *classes)]
+        logits = torch.einsum("lbqd,bdhw->lbqhw", leaves[1], leaves[0])
+        layers = list(zip(logits, leaves[2:], strict=True))
+        factors = MaskFactors(leaves[1], leaves[0]) if as_products else None
+        torch.manual_seed(1)  # of the points
+        losses = SetLoss(num_points=500)(Prediction(*layers[-1], layers[:-1], None, factors), masks, present, counted)
+        losses["loss"].backward()
+        results.append([losses["loss"].detach(), *(x.grad for x in leaves)])
+    for whole, product in zip(*results, strict=True):
+        torch.testing.assert_close(whole, product, atol=1e-5, rtol=1e-4)
+
+
+def test_of_a_long_list_only_what_is_present_is_looked_at():
+    torch.manual_seed(0)
+    masks, present = torch.rand(2, 40, 16, 16) > 0.5, torch.zeros(2, 40, dtype=torch.bool)
+    present[0, [3, 31]] = present[1, 17] = True
+    logits, classes = torch.randn(2, 6, 16, 16), torch.randn(2, 6, 41)
+    loss, known = SetLoss(num_points=3000), torch.ones(2, 1, 16, 16)
+    row, query, prompt = loss.match(Masks(logits), classes, masks, present, known)
+    assert sorted(zip(row.tolist(), prompt.tolist(), strict=True)) == [(0, 3), (0, 31), (1, 17)]
+    short = torch.tensor([3, 31, 17])  # the same with a short list
+    listed = torch.cat([classes.softmax(-1)[..., short], 1 - classes.softmax(-1)[..., short].sum(-1, keepdim=True)], -1).log()
+    again = loss.match(Masks(logits), listed, masks[:, short], present[:, short], known)
+    assert query.tolist() == again[1].tolist() and short[again[2]].tolist() == prompt.tolist()

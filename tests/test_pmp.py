@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pmpseg.inference import answers, ask_one_by_one, semantic_labels, soft_masks, upsample
-from pmpseg.losses import SetLoss
+from pmpseg.losses import Masks, SetLoss
 from pmpseg.models import PMP, Prediction, Prompts
 from pmpseg.models.attention import sine_position
 from pmpseg.models.query_decoder import CHOICES, DecoderLayer, Features
@@ -347,7 +347,7 @@ def test_a_prompt_is_matched_to_its_own_queries():
     logits = torch.where(masks, 9.0, -9.0)[:, [1, 0]]  # each query has the mask of the prompt that it is not asked
     names = torch.tensor([[[0.0, -1e4, 0.0], [-1e4, 0.0, 0.0]]])
     there = torch.ones(1, 2, dtype=torch.bool)
-    _, query, prompt = SetLoss(num_points=32).match(logits, names, masks.float(), there, torch.ones(1, 1, 16, 16))
+    _, query, prompt = SetLoss(num_points=32).match(Masks(logits), names, masks.float(), there, torch.ones(1, 1, 16, 16))
     assert query.tolist() == prompt.tolist()
 
 

@@ -11,7 +11,7 @@ from pmpseg import rle
 from pmpseg.data import base
 from pmpseg.data.base import EpochSampler, UnpaddedSampler
 from pmpseg.inference import answers, soft_masks, upsample
-from pmpseg.losses import SetLoss
+from pmpseg.losses import Masks, SetLoss
 from pmpseg.metrics import PhraseMetrics, confusion_matrix, confusion_scores
 from pmpseg.models import PMP, Prediction
 from pmpseg.models.backbone import pad_to
@@ -106,7 +106,7 @@ def predictions(draw):
 
 def matched(loss, prediction, masks, present, seed=0):
     torch.manual_seed(seed)
-    row, query, prompt = loss.match(*prediction[:2], masks.float(), present, torch.ones(len(masks), 1, *masks.shape[2:]))
+    row, query, prompt = loss.match(Masks(prediction.mask_logits), prediction.class_logits, masks.float(), present, torch.ones(len(masks), 1, *masks.shape[2:]))
     return set(zip(row.tolist(), query.tolist(), prompt.tolist(), strict=True))
 
 

@@ -12,7 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .models.prompts import NOT_ASKED, Prediction
+from .models.prompts import NOT_ASKED, MaskFactors, Prediction
 
 
 class SetLoss(nn.Module):
@@ -62,12 +62,13 @@ class SetLoss(nn.Module):
     ) -> dict[str, Tensor]:
         batch, num_prompts = present.shape
         layers = [*prediction.aux, (prediction.mask_logits, prediction.class_logits)]
-        mask_logits = torch.cat([m for m, _ in layers]).float()  # (L * B, Q, h, w)
+        mask_logits: Masks | Products
+        if prediction.factors is not None:
+            mask_logits = Products(prediction.factors)
+        else:
+            mask_logits = Masks(torch.cat([m for m, _ in layers]).float())
         class_logits = torch.cat([c for _, c in layers]).float()  # (L * B, Q, K + 1)
-        # What is not known is taken out of the masks too: bilinear points beside it would see it.
-        masks = (masks if counted is None else masks & counted[:, None]).float()
-        known = torch.ones_like(masks[:, :1]) if counted is None else counted[:, None].float()
-
+        known = torch.ones_like(masks[:, :1], dtype=torch.float32) if counted is None else counted[:, None].float()
         row, query, prompt = self.match(mask_logits, class_logits, masks, present, known)
         image = row % batch
 
@@ -79,7 +80,7 @@ class SetLoss(nn.Module):
         total_weight, total_masks = mean_over_ranks(torch.stack([weight.sum(), present.sum().float()]))
         parts = {"class": named.sum() / total_weight * len(layers)}
 
-        chosen, truth = mask_logits[row, query, None], masks[image, prompt, None]  # (N, 1, ...)
+        chosen, truth = mask_logits.of(row, query), within(masks[image, prompt, None], known[image])  # (N, 1, ...)
         points = self.sample_points(chosen)
         logits, truth, inside = (sample(x, points)[:, 0] for x in (chosen, truth, known[image]))  # (N, P)
         truth = truth / inside.clamp(min=1e-6)  # the share of what is known
@@ -88,39 +89,42 @@ class SetLoss(nn.Module):
         parts["dice"] = dice_loss(logits, truth, inside).sum() / total_masks.clamp(min=1)
         if prediction.pixel_logits is not None:
             real = torch.ones_like(present) if valid is None else valid
-            parts["pixel"] = pixel_loss(prediction.pixel_logits.float(), masks, known, real) / total_masks.clamp(min=1)
+            pixels = pixel_loss(prediction.pixel_logits.float(), within(masks, known), known, real)
+            parts["pixel"] = pixels / total_masks.clamp(min=1)
         parts = {name: value * self.weights[name] for name, value in parts.items()}
         return {"loss": sum(parts.values()), **parts}
 
     @torch.no_grad()
     def match(
-        self, mask_logits: Tensor, class_logits: Tensor, masks: Tensor, present: Tensor, known: Tensor
+        self, mask_logits: "Masks | Products", class_logits: Tensor, masks: Tensor, present: Tensor, known: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The cheapest one-to-one pairs in every row of the (L * B) batch -> row, query, prompt, each (N,).
-
-        ``masks`` are within ``known``.
-        """
-        rows, batch = len(mask_logits), len(masks)
+        """The cheapest one-to-one pairs in every row of the (L * B) batch -> row, query, prompt, each (N,)."""
+        rows, batch = len(class_logits), len(masks)
+        # Of a long list few are present: those come first, and only they are looked at.
+        most = max(1, int(present.sum(1).max()))
+        index = present.int().argsort(dim=1, descending=True, stable=True)[:, :most]  # (B, M)
+        masks = within(masks[torch.arange(batch, device=masks.device)[:, None], index], known)
+        every = index.repeat(rows // batch, 1)[:, None].expand(-1, class_logits.shape[1], -1)  # (L * B, Q, M)
+        named = -class_logits.softmax(-1).gather(2, every)
         # The same points for all masks of an image; more would not change who is matched.
         points = torch.rand(batch, self.num_points, 2, device=masks.device)
-        truth, inside = sample(masks, points), sample(known, points)  # (B, K, P), (B, 1, P)
-        logits = sample(mask_logits, points.repeat(rows // batch, 1, 1))  # (L * B, Q, P)
-        truth, inside, there = (x.repeat(rows // batch, *[1] * (x.ndim - 1)) for x in (truth, inside, present))
+        truth, inside = sample(masks, points), sample(known, points)  # (B, M, P), (B, 1, P)
+        logits = mask_logits.at(points)  # (L * B, Q, P)
+        truth, inside = (x.repeat(rows // batch, 1, 1) for x in (truth, inside))
         count = inside.sum(-1, keepdim=True).clamp(min=1)
         # BCE for all pairs at once: softplus(x) - x * y summed over points.
         bce = ((F.softplus(logits) * inside).sum(-1)[..., None] - logits @ truth.mT) / count
         prob = logits.sigmoid() * inside
         dice = 1 - (2 * prob @ truth.mT + 1) / (prob.sum(-1)[..., None] + truth.sum(-1)[:, None] + 1)
-        named = -class_logits.softmax(-1)[..., :-1]
-        cost = self.weights["class"] * named + self.weights["mask"] * bce + self.weights["dice"] * dice  # (L * B, Q, K)
+        cost = self.weights["class"] * named + self.weights["mask"] * bce + self.weights["dice"] * dice  # (L * B, Q, M)
         # A query that is not asked a prompt, where each has queries of its own, cannot answer it.
-        cost = cost.masked_fill(class_logits[..., :-1] <= NOT_ASKED, 1e6)
+        cost = cost.masked_fill(class_logits.gather(2, every) <= NOT_ASKED, 1e6)
         cost = torch.nan_to_num(cost, nan=1e6, posinf=1e6, neginf=-1e6).cpu()
         found: list[tuple[Tensor, Tensor, Tensor]] = []
-        for at, wanted in enumerate(there.cpu()):
-            prompts = wanted.nonzero()[:, 0]
-            q, k = linear_sum_assignment(cost[at][:, prompts].numpy())
-            found.append((torch.full((len(q),), at), torch.from_numpy(q), prompts[torch.from_numpy(k)]))
+        counts, index = present.sum(1).tolist(), index.cpu()
+        for at in range(rows):
+            q, k = linear_sum_assignment(cost[at, :, : counts[at % batch]].numpy())
+            found.append((torch.full((len(q),), at), torch.from_numpy(q), index[at % batch, torch.from_numpy(k)]))
         row, query, prompt = (torch.cat(x).to(masks.device) for x in zip(*found, strict=True))
         return row, query, prompt
 
@@ -133,6 +137,45 @@ class SetLoss(nn.Module):
         best = sample(logits, many)[:, 0].abs().topk(unsure, 1, largest=False).indices if count else many[:, :unsure, 0].long()
         anywhere = torch.rand(count, self.num_points - unsure, 2, device=logits.device)
         return torch.cat([many.gather(1, best[..., None].expand(-1, -1, 2)), anywhere], 1)
+
+
+class Masks:
+    """Mask logits (L * B, Q, h, w) as they are."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+    def at(self, points: Tensor) -> Tensor:
+        """At points (B, P, 2) of each image -> (L * B, Q, P)."""
+        return sample(self.logits, points.repeat(len(self.logits) // len(points), 1, 1))
+
+    def of(self, row: Tensor, query: Tensor) -> Tensor:
+        """The whole masks of N queries in N rows -> (N, 1, h, w)."""
+        return self.logits[row, query, None]
+
+
+class Products:
+    """The same from their factors: bilinear values are linear, so that features are sampled once instead of every mask, and only
+    the masks that are matched are ever made, or have a gradient.
+    """
+
+    def __init__(self, factors: MaskFactors) -> None:
+        self.embedding, self.features = (x.float() for x in factors)
+
+    def at(self, points: Tensor) -> Tensor:
+        return (self.embedding @ sample(self.features, points)).flatten(0, 1)
+
+    def of(self, row: Tensor, query: Tensor) -> Tensor:
+        image = row % len(self.features)
+        order = image.argsort(stable=True)
+        embedding = self.embedding.flatten(0, 1)[row, query][order].split(image.bincount(minlength=len(self.features)).tolist())
+        masks = torch.cat([torch.einsum("nd,dhw->nhw", *pair) for pair in zip(embedding, self.features, strict=True)])
+        return masks[order.argsort()][:, None]
+
+
+def within(masks: Tensor, known: Tensor) -> Tensor:
+    """Masks without what is not known: bilinear points beside it would see it. Bool (N, K, H, W) and (N, 1, H, W) -> float."""
+    return masks.to(known.dtype) * known
 
 
 def pixel_loss(logits: Tensor, masks: Tensor, known: Tensor, valid: Tensor) -> Tensor:

@@ -42,11 +42,14 @@ class DeformableAttention(nn.Module):
         heads, levels, points = self.shape
         at = x + position
         value = self.value(x).unflatten(-1, (heads, -1))  # (B, N, H, d)
-        pixels = places[:, None, :, None] + self.offsets(at).unflatten(-1, (heads, levels, points, 2))  # (B, N, H, L, P, 2)
+        # x and y apart: arithmetic on every second number is several times slower.
+        weight, bias = self.offsets.weight.unflatten(0, (-1, 2)), self.offsets.bias.unflatten(0, (-1, 2))
+        pixels = [F.linear(at, weight[:, i], bias[:, i]).unflatten(-1, self.shape) for i in (0, 1)]  # (B, N, H, L, P)
+        pixels = [offset + place[:, None, :, None] for offset, place in zip(pixels, places.unbind(-1), strict=True)]
         weights = self.weights(at).unflatten(-1, (heads, levels * points)).softmax(-1).unflatten(-1, (levels, points))
         # On a CPU one gather is faster; on CUDA grid_sample has the better gradient.
         sample = sample_rows if x.device.type == "cpu" else sample_grids
-        return self.out(sample(value, pixels, weights, sizes))
+        return self.out(sample(value, pixels[0], pixels[1], weights, sizes))
 
 
 def places_in_pixels(sizes: Sizes, like: Tensor) -> Tensor:
@@ -59,47 +62,89 @@ def places_in_pixels(sizes: Sizes, like: Tensor) -> Tensor:
     return torch.cat(centres)[:, None] * extent - 0.5
 
 
-def sample_rows(value: Tensor, pixels: Tensor, weights: Tensor, sizes: Sizes) -> Tensor:
+def sample_rows(value: Tensor, x: Tensor, y: Tensor, weights: Tensor, sizes: Sizes) -> Tensor:
     """Weighted sums of bilinear values, all levels in one gather; zeros beyond the edges.
 
-    value (B, N, H, d), pixels (B, M, H, L, P, 2), weights (B, M, H, L, P) -> (B, M, H * d). Bilinear interpolation is itself a
-    weighted sum of four rows, so that the whole answer of a head is one bag of 4 L P rows of a table: ``embedding_bag``.
+    value (B, N, H, d); x, y in pixels and weights (B, M, H, L, P) -> (B, M, H * d). Bilinear interpolation is itself a weighted
+    sum of four rows, so that the whole answer of a head is one bag of 4 L P rows of a table: ``embedding_bag``. A frame of zeros
+    around every level spares the question whether a row lies inside.
     """
-    batch, count, heads, width = value.shape
+    batch, _, heads, width = value.shape
+    device, points = value.device, x.shape[-1]
     dtype = torch.promote_types(value.dtype, torch.float32)  # places need more than 8 bits
-    pixels, weights, table = pixels.to(dtype), weights.to(dtype), value.to(dtype).flatten(0, 2)
-    extent = torch.tensor([(w, h) for h, w in sizes], device=value.device, dtype=dtype)[:, None]  # (L, 1, 2)
-    start = torch.tensor([0, *[h * w for h, w in sizes[:-1]]], device=value.device).cumsum(0)
+    parts = value.to(dtype).flatten(2).split([h * w for h, w in sizes], 1)
+    framed = [F.pad(part.unflatten(1, size), (0, 0, 1, 1, 1, 1)) for part, size in zip(parts, sizes, strict=True)]
+    # A point beyond the last row asks for rows after it, with weight 0.
+    table = F.pad(torch.cat([level.flatten(1, 2) for level in framed], 1), (0, 0, 0, max(w for _, w in sizes) + 4))
 
-    low = pixels.floor()
-    upper = pixels - low
-    corner = torch.stack([low, low + 1], -1)  # (..., 2 axes, 2 corners)
-    share = torch.stack([1 - upper, upper], -1) * ((corner >= 0) & (corner < extent[..., None]))
-    corner = corner.clamp_(min=0).minimum(extent[..., None] - 1)
-    x, y = corner.unbind(-2)  # (B, M, H, L, P, 2)
-    in_x, in_y = share.unbind(-2)
-    # Whole numbers below 2^24, exact in float32: (..., corner of y, corner of x).
-    at = (y * extent[..., :1] + start[:, None, None])[..., None] + x[..., None, :]
-    weight = (in_y * weights[..., None])[..., None] * in_x[..., None, :]
-    image = torch.arange(batch, device=value.device)[:, None, None, None] * count
-    head = torch.arange(heads, device=value.device)[:, None]
-    # Rows of the table are (image, place, head).
-    row = (at.flatten(3).to(torch.long) + image) * heads + head
-    bags = F.embedding_bag(row.flatten(0, 2), table, mode="sum", per_sample_weights=weight.flatten(3).flatten(0, 2))
-    return bags.to(value.dtype).view(batch, pixels.shape[1], heads * width)
+    def per_point(values: list[int], kind: torch.dtype = dtype) -> Tensor:
+        return torch.tensor(values, device=device, dtype=kind).repeat_interleave(points)  # (L * P,)
+
+    start = [0]
+    for h, w in sizes[:-1]:
+        start.append(start[-1] + (h + 2) * (w + 2))
+    outside = torch.full((len(sizes) * points,), -1.0, device=device, dtype=dtype)
+    x = torch.clamp(x.to(dtype).flatten(3), outside, per_point([w for _, w in sizes]))  # (B, M, H, L * P)
+    y = torch.clamp(y.to(dtype).flatten(3), outside, per_point([h for h, _ in sizes]))
+    left, top = x.floor(), y.floor()
+    right_share, low_share = x - left, y - top
+    weights = weights.to(dtype).flatten(3)
+    low = weights * low_share
+    high = weights - low
+    high_right, low_right = high * right_share, low * right_share
+    weight = torch.stack([high - high_right, high_right, low - low_right, low_right], 3)  # (B, M, H, 4, L * P)
+
+    # Rows of the table are (image, place, head); the frame is row and column -1. Whole numbers, exact in float32 up to 2^24.
+    stride = [(w + 2) * heads for _, w in sizes]
+    origin = [s * heads + step + heads for s, step in zip(start, stride, strict=True)]
+    first = (top * per_point(stride, dtype) + left * heads + per_point(origin)).to(torch.int32)
+    image = torch.arange(batch, device=device, dtype=torch.int32) * (table.shape[1] * heads)
+    first += image[:, None, None, None] + torch.arange(heads, device=device, dtype=torch.int32)[:, None]
+    steps = [[0] * len(stride), [heads] * len(stride), stride, [step + heads for step in stride]]
+    row = first[:, :, :, None] + torch.stack([per_point(step, torch.int32) for step in steps])  # (B, M, H, 4, L * P)
+    bags = Bags.apply(table.view(-1, width), weight.flatten(0, 2).flatten(1), row.flatten(0, 2).flatten(1))
+    return bags.to(value.dtype).view(batch, x.shape[1], heads * width)
 
 
-def sample_grids(value: Tensor, pixels: Tensor, weights: Tensor, sizes: Sizes) -> Tensor:
+class Bags(torch.autograd.Function):
+    """table (R, d), weight (N, S), row (N, S) of int32 -> (N, d): for each of N bags the weighted sum of S rows.
+
+    ``embedding_bag`` with another gradient: what a row of the table gets is a bag, too, of all that asked for it, and one sort and
+    the forward's own kernel make it several times faster than torch's loop over rows.
+    """
+
+    @staticmethod
+    def forward(ctx, table: Tensor, weight: Tensor, row: Tensor) -> Tensor:
+        ctx.save_for_backward(table, weight, row)
+        return F.embedding_bag(row, table, mode="sum", per_sample_weights=weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        table, weight, row = ctx.saved_tensors
+        to_table = to_weight = None
+        if ctx.needs_input_grad[0]:
+            asked, order = row.flatten().sort()
+            start = torch.searchsorted(asked, torch.arange(len(table), dtype=row.dtype, device=row.device))
+            bag = order.div(row.shape[1], rounding_mode="floor")
+            to_table = F.embedding_bag(bag, gradient, start, mode="sum", per_sample_weights=weight.flatten()[order])
+        if ctx.needs_input_grad[1]:
+            with torch.enable_grad():
+                leaf = weight.detach().requires_grad_()
+                (to_weight,) = torch.autograd.grad(F.embedding_bag(row, table, mode="sum", per_sample_weights=leaf), leaf, gradient)
+        return to_table, to_weight, None
+
+
+def sample_grids(value: Tensor, x: Tensor, y: Tensor, weights: Tensor, sizes: Sizes) -> Tensor:
     """The same as ``sample_rows``, by ``grid_sample`` a level."""
     batch, _, heads, width = value.shape
     maps = value.permute(0, 2, 3, 1).flatten(0, 1).split([h * w for h, w in sizes], -1)  # L of (B * H, d, h * w)
     mixed: Tensor | int = 0
     for level, (height, wide) in enumerate(sizes):
-        extent = torch.tensor([wide, height], device=value.device, dtype=pixels.dtype)
-        grid = (pixels[..., level, :, :] + 0.5) * 2 / extent - 1  # (B, M, H, P, 2)
-        grid = grid.transpose(1, 2).flatten(0, 1).to(value.dtype)
+        at = [(c[:, :, :, level] + 0.5) * (2 / length) - 1 for c, length in ((x, wide), (y, height))]
+        grid = torch.stack(at, -1).transpose(1, 2).flatten(0, 1).to(value.dtype)  # (B * H, M, P, 2)
         here = F.grid_sample(maps[level].unflatten(-1, (height, wide)), grid, align_corners=False)  # (B * H, d, M, P)
-        weight = weights[..., level, :].transpose(1, 2).flatten(0, 1)[:, None]
+        weight = weights[:, :, :, level].transpose(1, 2).flatten(0, 1)[:, None]
         mixed = mixed + (here * weight).sum(-1)
     assert isinstance(mixed, Tensor)
     return mixed.view(batch, heads * width, -1).transpose(1, 2)

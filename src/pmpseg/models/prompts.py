@@ -12,6 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+
+class MaskFactors(NamedTuple):
+    """Mask logits as products: embedding (L, B, Q, D), the L layers in order, and mask features (B, D, h, w)."""
+
+    embedding: Tensor
+    features: Tensor
+
+
 NOT_ASKED = -1e4  # the class logit of a prompt that a query is not asked: padding, or another query's
 
 
@@ -22,12 +30,14 @@ class Prediction(NamedTuple):
     class_logits: (B, Q, K + 1), every query against every prompt; the last column is "no object".
     aux: (mask_logits, class_logits) of the earlier decoder layers, for deep supervision.
     pixel_logits: (B, K, h, w), every pixel against every prompt, with no query between; for a further loss.
+    factors: what all layers' mask logits are products of; a loss that looks at some of them is cheaper on these.
     """
 
     mask_logits: Tensor
     class_logits: Tensor
     aux: Sequence[tuple[Tensor, Tensor]] = ()
     pixel_logits: Tensor | None = None
+    factors: "MaskFactors | None" = None
 
 
 @dataclass

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ..errors import InputError
 from .attention import Attention, flatten, sine_position
 from .prompt_attention import PromptAttention, PromptTokens, Text
-from .prompts import NOT_ASKED, Prediction, Prompts
+from .prompts import NOT_ASKED, MaskFactors, Prediction, Prompts
 
 CHOICES = {
     "decoder": ("masked", "plain"),
@@ -151,7 +151,7 @@ class QueryDecoder(nn.Module):
 
         start = torch.zeros_like(self.query_position) if self.query is None else self.query
         query, position = start.expand(batch, -1, -1), self.query_position  # (B, Q, D)
-        outputs: list[tuple[Tensor, Tensor]] = []
+        outputs: list[tuple[Tensor, Tensor, Tensor]] = []
         layer: DecoderLayer
         for i, layer in enumerate(self.layers):  # type: ignore[assignment]
             at, blocked = i % len(levels), None
@@ -161,8 +161,10 @@ class QueryDecoder(nn.Module):
             if self.masked:
                 blocked = self._blocked(query, features.guides[at])
             query, text = layer(query, position, levels[at], positions[at], blocked, text)
-        masks, classes = self._predict(query, features, prompts, names)
-        return Prediction(masks, classes, outputs, self._name_pixels(features.mask_features, names))
+        outputs.append(self._predict(query, features, prompts, names))
+        (*earlier, (masks, classes)), embeddings = [o[:2] for o in outputs], [o[2] for o in outputs]
+        factors = MaskFactors(torch.stack(embeddings), features.mask_features)
+        return Prediction(masks, classes, earlier, self._name_pixels(features.mask_features, names), factors)
 
     def _decode_repeated(self, features: Features, prompts: Prompts, aux: bool | None) -> Prediction:
         """Every prompt alone, with its own copy of the queries: (B, K * Q) queries, each of which is asked one prompt."""
@@ -176,8 +178,12 @@ class QueryDecoder(nn.Module):
             classes = torch.cat([asked, classes[..., 1:]], -1).flatten(1, 2)  # (B, K * Q, K + 1)
             return masks.unflatten(0, (batch, count)).flatten(1, 2), classes
 
+        assert single.factors is not None
+        embedding = single.factors.embedding.unflatten(1, (batch, count)).flatten(2, 3)  # (L, B, K * Q, D)
+        masks, classes = merge(single.mask_logits, single.class_logits)
         pixels = self._name_pixels(features.mask_features, self._names(prompts, batch))
-        return Prediction(*merge(single.mask_logits, single.class_logits), [merge(*layer) for layer in single.aux], pixels)
+        factors = MaskFactors(embedding, features.mask_features)
+        return Prediction(masks, classes, [merge(*layer) for layer in single.aux], pixels, factors)
 
     def _names(self, prompts: Prompts | None, batch: int) -> Tensor | None:
         """What queries may be called: the prompts and "no object", (B, K + 1, E), of length 1."""
@@ -190,18 +196,20 @@ class QueryDecoder(nn.Module):
 
     def _predict(
         self, query: Tensor, features: Features, prompts: Prompts | None, names: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Mask logits (B, Q, h, w) and class logits (B, Q, K + 1)."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mask logits (B, Q, h, w), class logits (B, Q, K + 1), and what the masks are made of (B, Q, D)."""
         query = self.norm(query)
-        mask_logits = torch.einsum("bqd,bdhw->bqhw", self.mask_head(query), features.mask_features)
+        mask_embedding = self.mask_head(query)
+        mask_logits = torch.einsum("bqd,bdhw->bqhw", mask_embedding, features.mask_features)
         if prompts is None or names is None:
             assert self.class_head is not None
-            return mask_logits, self.class_head(query)
+            return mask_logits, self.class_head(query), mask_embedding
         embedding = F.normalize(self.name_head(self._evidence(query, mask_logits, features)).float(), dim=-1)  # (B, Q, E)
         with torch.autocast(query.device.type, enabled=False):  # cosines times 100 need more than 8 bits
             scale = self.log_scale.float().clamp(max=math.log(100.0)).exp()
             class_logits = scale * torch.einsum("bqe,bke->bqk", embedding, names)  # (B, Q, K + 1)
-        return mask_logits, class_logits.masked_fill(~F.pad(prompts.valid, (0, 1), value=True)[:, None], NOT_ASKED)
+        class_logits = class_logits.masked_fill(~F.pad(prompts.valid, (0, 1), value=True)[:, None], NOT_ASKED)
+        return mask_logits, class_logits, mask_embedding
 
     def _evidence(self, query: Tensor, mask_logits: Tensor, features: Features) -> Tensor:
         """What a query is named by, (B, Q, D): itself, the mean features under its mask, or their sum."""

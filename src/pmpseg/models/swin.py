@@ -7,7 +7,7 @@ shifting where a stage was as small as a window at the image size it was built f
 from typing import Any
 
 import torch
-from timm.models.swin_transformer import SwinTransformerBlock, window_partition, window_reverse
+from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention, window_partition, window_reverse
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,6 +17,8 @@ def pad_then_shift(net: nn.Module) -> None:
     for module in net.modules():
         if isinstance(module, SwinTransformerBlock):
             module.__class__ = PadThenShift
+        if isinstance(module, WindowAttention):
+            module.fused_attn = True  # the same, some percent faster
 
 
 class PadThenShift(SwinTransformerBlock):
