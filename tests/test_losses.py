@@ -25,7 +25,8 @@ def test_the_matching_is_the_cheapest_of_all():
     prediction, masks, present = small(batch=1, queries=3, prompts=2)
     loss = SetLoss(num_points=4096)
     torch.manual_seed(0)
-    _, query, prompt = loss.match(Masks(prediction.mask_logits), prediction.class_logits, masks.float(), present, torch.ones(1, 1, 8, 8))
+    known = torch.ones(1, 1, 8, 8)
+    _, query, prompt = loss.match(Masks(prediction.mask_logits), prediction.class_logits, masks.float(), present, known)
     found = dict(zip(prompt.tolist(), query.tolist(), strict=True))
 
     def cost(q: int, k: int) -> float:
@@ -167,7 +168,8 @@ def test_the_masks_cross_entropy_takes_part_in_the_matching():
     logits[0, 1], logits[0, 1, 0] = 10.0, -50.0
     masks, present = torch.ones(1, 1, 10, 10), torch.ones(1, 1, dtype=torch.bool)
     for weight, wanted in ((5.0, 0), (0.0, 1)):
-        _, query, _ = SetLoss(mask_weight=weight, num_points=2000).match(Masks(logits), torch.zeros(1, 2, 2), masks, present, masks)
+        loss = SetLoss(mask_weight=weight, num_points=2000)
+        _, query, _ = loss.match(Masks(logits), torch.zeros(1, 2, 2), masks, present, masks)
         assert query.tolist() == [wanted]
 
 

@@ -106,7 +106,8 @@ def predictions(draw):
 
 def matched(loss, prediction, masks, present, seed=0):
     torch.manual_seed(seed)
-    row, query, prompt = loss.match(Masks(prediction.mask_logits), prediction.class_logits, masks.float(), present, torch.ones(len(masks), 1, *masks.shape[2:]))
+    known = torch.ones(len(masks), 1, *masks.shape[2:])
+    row, query, prompt = loss.match(Masks(prediction.mask_logits), prediction.class_logits, masks.float(), present, known)
     return set(zip(row.tolist(), query.tolist(), prompt.tolist(), strict=True))
 
 

@@ -16,6 +16,7 @@ from .models.query_decoder import Features
 from .vocabulary import Vocabulary
 
 Size = tuple[int, int]
+TRANSFORMERS_SIZE = (384, 384)  # through which its post-processing takes every mask
 
 
 def with_synonyms(prompts: Sequence[str], vocabulary: Vocabulary) -> list[str | list[str]]:
@@ -33,18 +34,26 @@ def upsample(maps: Tensor, image_size: Size, size: Size | None = None) -> Tensor
     return F.interpolate(maps, size, mode="bilinear", align_corners=False)
 
 
-def semantic_labels(prediction: Prediction, image_size: Size, size: Size | None = None, chunk: int = 64) -> Tensor:
+def semantic_labels(
+    prediction: Prediction, image_size: Size, size: Size | None = None, chunk: int = 64, transformers: bool = False
+) -> Tensor:
     """The best prompt of a class list for every pixel -> (B, *size) int64 in 0..K-1.
 
     Mask2Former's rule: score of class k = sum over queries of p(k | query) * sigmoid(mask); p is a softmax over the whole list
     and "no object". Classes are visited ``chunk`` at a time, which changes nothing but that a (K, H, W) product never exists.
+    ``transformers``: scores at 384 x 384 pixels, then resized, as its ``post_process_semantic_segmentation`` does.
     """
     probabilities = prediction.class_logits.softmax(-1)[..., :-1]  # (B, Q, K)
-    masks = upsample(prediction.mask_logits, image_size, size).sigmoid()
-    best = torch.full_like(masks[:, 0], -1.0)
+    if transformers:
+        masks = F.interpolate(prediction.mask_logits, TRANSFORMERS_SIZE, mode="bilinear", align_corners=False).sigmoid()
+    else:
+        masks = upsample(prediction.mask_logits, image_size, size).sigmoid()
+    best = masks.new_full((len(masks), *(size or image_size)), -1.0)
     labels = torch.zeros_like(best, dtype=torch.long)
     for start in range(0, probabilities.shape[-1], chunk):
         scores = torch.einsum("bqk,bqhw->bkhw", probabilities[..., start : start + chunk], masks)
+        if transformers:
+            scores = F.interpolate(scores, best.shape[-2:], mode="bilinear", align_corners=False)
         top, index = scores.max(1)
         labels = torch.where(top > best, index + start, labels)
         best = torch.maximum(top, best)

@@ -109,8 +109,8 @@ def sample_rows(value: Tensor, x: Tensor, y: Tensor, weights: Tensor, sizes: Siz
 class Bags(torch.autograd.Function):
     """table (R, d), weight (N, S), row (N, S) of int32 -> (N, d): for each of N bags the weighted sum of S rows.
 
-    ``embedding_bag`` with another gradient: what a row of the table gets is a bag, too, of all that asked for it, and one sort and
-    the forward's own kernel make it several times faster than torch's loop over rows.
+    ``embedding_bag`` with another gradient: what a row of the table gets is a bag, too, of all that asked for it. A sort and the
+    forward's own kernel make it several times faster than torch's loop over rows.
     """
 
     @staticmethod
@@ -131,7 +131,8 @@ class Bags(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             with torch.enable_grad():
                 leaf = weight.detach().requires_grad_()
-                (to_weight,) = torch.autograd.grad(F.embedding_bag(row, table, mode="sum", per_sample_weights=leaf), leaf, gradient)
+                bags = F.embedding_bag(row, table, mode="sum", per_sample_weights=leaf)
+                (to_weight,) = torch.autograd.grad(bags, leaf, gradient)
         return to_table, to_weight, None
 
 
