@@ -74,7 +74,7 @@ def chosen(ablation: Ablation, only: Sequence[str] | None) -> set[str]:
 
 
 def build(ablation: Ablation, names: set[str]) -> dict[str, Any]:
-    """Every training's command line, checked by ``pmpseg.fit`` and built, before the first run; those that need another are not."""
+    """Every training as ``pmpseg.fit`` builds it, so that mistakes are found before the first run; not if it needs another."""
     from pmpseg import fit
 
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)

@@ -41,16 +41,21 @@ def is_trained(folder: Path) -> bool:
 
 
 def score(folder: Path, model: Path, options: dict[str, Any], train_seconds: float | None = None) -> None:
-    """Scores a model on its own data with seed 0, so that the scenes and phrases are the same for all seeds of training."""
-    from pmpseg.ablation.scoring import Phrases, score_splits, write_rows
+    """Scores a model on its own data with seed 0, so that the scenes and phrases are the same for all seeds of training.
+
+    ``options``: ``data``, arguments of it that differ in scoring; the others are those of ``score_splits``.
+    """
+    from pmpseg.ablation.scoring import Phrases, score_splits
+    from pmpseg.ablation.table import write_rows
     from pmpseg.evaluate import build_data, own_data
     from pmpseg.segmenter import Segmenter
 
     segmenter = Segmenter.load(model)
     spec = own_data(segmenter.data, str(model))
-    data = build_data(spec | {"init_args": (spec.get("init_args") or {}) | {"seed": 0, "num_workers": 0}})
+    changed = {"seed": 0, "num_workers": 0, **options.get("data", {})}
+    data = build_data(spec | {"init_args": (spec.get("init_args") or {}) | changed})
     start = time.process_time()
-    rows, numbers = score_splits(segmenter, data, **options)
+    rows, numbers = score_splits(segmenter, data, options.get("asked", "alone"))
     images = len(data.dataset("val")) + len(data.dataset("test"))
     numbers |= {"image_seconds": (time.process_time() - start) / images}
     numbers |= {"parameters": sum(p.numel() for p in segmenter.network.parameters())}

@@ -41,7 +41,7 @@ class Job:
         """Raises ``InputError`` if the folder holds a run of other settings."""
         kept = self.folder / "settings.json"
         if kept.is_file() and (before := json.loads(kept.read_text(encoding="utf-8"))) != self.settings:
-            was, now = (" ".join(map(str, s["fit"] or [s["model"], s["score"]])) for s in (before, self.settings))
+            was, now = (_as_text(s) for s in (before, self.settings))
             raise InputError(f"{self.folder} was made with '{was}', now asked for '{now}': give another --out, or remove it")
 
     def start(self) -> "subprocess.Popen[bytes]":
@@ -59,23 +59,26 @@ class Job:
 
 
 def jobs(ablation: Ablation, out: Path, seeds: int, only: set[str]) -> list[Job]:
-    """All seeds of one name after another would leave a stopped table without its last rows: seed by seed instead."""
-    found = []
-    for seed in range(seeds):
-        for name in (*ablation.trainings, *ablation.evaluations):
-            if name not in only:
-                continue
-            folders = {other: out / f"{other}_{seed}" for other in ablation.trainings}
-            needs = [folders[other] for other in sorted(ablation.needs(name))]
-            if name in ablation.evaluations:
-                given = ablation.evaluations[name]
-                settings = {"fit": None, "model": f"../{folders[given['model']].name}/model", "score": {"asked": given["asked"]}}
-            else:
-                words = [_filled(word, folders) for word in ablation.trainings[name].arguments()]
-                fit = [*words, "--seed_everything", str(seed), "--data.seed", str(seed), "--trainer.enable_progress_bar", "false"]
-                settings = {"fit": fit, "model": "model", "score": {}}
-            found.append(Job(name, seed, out / f"{name}_{seed}", settings, needs))
-    return found
+    """Seed by seed, so that a table that is stopped has all of its rows."""
+    names = [name for name in (*ablation.trainings, *ablation.evaluations) if name in only]
+    return [_job(ablation, out, name, seed) for seed in range(seeds) for name in names]
+
+
+def _job(ablation: Ablation, out: Path, name: str, seed: int) -> Job:
+    folders = {other: out / f"{other}_{seed}" for other in ablation.trainings}
+    needs = [folders[other] for other in sorted(ablation.needs(name))]
+    if given := ablation.evaluations.get(name):
+        model = f"../{folders[given['model']].name}/model"
+        settings: dict[str, Any] = {"fit": None, "model": model, "score": {"asked": given["asked"]}}
+    else:
+        words = [_filled(word, folders) for word in ablation.trainings[name].arguments()]
+        fit = [*words, "--seed_everything", str(seed), "--data.seed", str(seed), "--trainer.enable_progress_bar", "false"]
+        settings = {"fit": fit, "model": "model", "score": {}}
+    return Job(name, seed, out / f"{name}_{seed}", settings, needs)
+
+
+def _as_text(settings: dict[str, Any]) -> str:
+    return " ".join(map(str, settings.get("fit") or settings.values()))
 
 
 def _filled(word: str, folders: dict[str, Path]) -> str:
@@ -84,7 +87,7 @@ def _filled(word: str, folders: dict[str, Path]) -> str:
     return word
 
 
-def run(wanted: list[Job], parallel: int, after_each: Callable[[], None]) -> list[str]:
+def run(wanted: list[Job], parallel: int, after_each: Callable[[], object] = lambda: None) -> list[str]:
     """Runs what is not done, ``parallel`` at a time, and returns the failures, one line each; the others go on."""
     waiting = [job for job in wanted if not job.done]
     failed: dict[Path, str] = {}

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pmpseg.cli import whole_file
 from pmpseg.inference import answers, semantic_labels, soft_masks, upsample, with_synonyms
 from pmpseg.metrics import ConfusionMetrics
 
@@ -113,12 +112,3 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
     """Of masks (..., H, W) bool; 0 where both are empty."""
     union = (a | b).flatten(-2).sum(-1)
     return (a & b).flatten(-2).sum(-1) / union.clamp(min=1)
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Rows as CSV; a row may lack a column of the others."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)

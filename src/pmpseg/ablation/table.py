@@ -11,20 +11,27 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student
 
-from pmpseg.ablation.scoring import write_rows
 from pmpseg.ablation.spec import Ablation
 from pmpseg.cli import whole_file
 
 Row = dict[str, Any]
-# What Markdown and figures show, where the rows have it: label and factor.
+# What Markdown and pictures show in percent, where the rows have it.
 MEASURES = {
-    "iou_at_50": ("IoU at 50 %", 100),
-    "iou_at_60": ("IoU at 60 %", 100),
-    "recall": ("best proposal", 100),
-    "miou_seen": ("mIoU", 100),
-    "miou": ("mIoU", 100),
+    "iou_at_50": "IoU at 50 %",
+    "iou_at_60": "IoU at 60 %",
+    "recall": "best proposal",
+    "miou_seen": "mIoU seen",
+    "miou": "mIoU",
 }
 COSTS = {"parameters": "parameters", "step_seconds": "CPU-s a step", "image_seconds": "CPU-s an image"}
+PHRASES = (
+    "IoU: of phrases on the test split, at thresholds of the validation split that answer 50 or 60 % of its absent phrases with "
+    "nothing. Best proposal: the best IoU of any query, chosen by the truth."
+)
+CHANCE = (
+    "With {pairs} pairs a difference is outside of chance (95 %, one comparison) where it exceeds {factor:.1f} times its "
+    "standard deviation; of twenty variants without an effect, one does."
+)
 FIRST = ("variant", "factor", "seed", *list(MEASURES)[:4], *COSTS, "steps", "seconds", "commit")
 
 
@@ -52,10 +59,20 @@ def write(rows: Sequence[Row], out: Path, title: str) -> None:
         temporary.write_text(markdown(rows, title), encoding="utf-8")
 
 
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Rows as CSV; a row may lack a column of the others."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def read(path: str | Path) -> list[Row]:
     """The rows of a table.csv; numbers as numbers, and None where there is none."""
     with Path(path).open(newline="", encoding="utf-8") as file:
-        return [{k: v if k in ("variant", "factor", "commit") else _number(v) for k, v in row.items()} for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    return [{k: v if k in ("variant", "factor", "commit") else _number(v) for k, v in row.items()} for row in rows]
 
 
 def _number(text: str) -> float | int | None:
@@ -100,11 +117,11 @@ def markdown(rows: Sequence[Row], title: str) -> str:
     factor = {row["variant"]: row["factor"] or "" for row in rows}
     values = {m: by_variant(rows, m) for m in (*measures, *COSTS)}
     costs = [c for c in COSTS if values[c]]
-    labels = [MEASURES[m][0] for m in measures]
+    labels = [MEASURES[m] for m in measures]
     lines = [f"# {title}", "", *_head(["factor", "variant", "seeds", *labels, *(COSTS[c] for c in costs)])]
     for name in factor:
         cells = [factor[name], name, str(sum(row["variant"] == name for row in rows))]
-        cells += [_percent(list(values[m].get(name, {}).values()), MEASURES[m][1]) for m in measures]
+        cells += [_percent(list(values[m].get(name, {}).values())) for m in measures]
         cells += [_cost(c, list(values[c].get(name, {}).values())) for c in costs]
         lines.append(_line(cells))
     gains = {m: differences(values[m], base) for m in measures}
@@ -113,7 +130,7 @@ def markdown(rows: Sequence[Row], title: str) -> str:
     for name in factor:
         if name != base:
             pairs.append(max(len(gains[m].get(name, [])) for m in measures))
-            cells = [_percent(gains[m].get(name, []), MEASURES[m][1], sign=True) for m in measures]
+            cells = [_percent(gains[m].get(name, []), sign=True) for m in measures]
             lines.append(_line([factor[name], name, str(pairs[-1]), *cells]))
     return "\n".join([*lines, "", *_reading(max(pairs, default=0), "recall" in measures)]) + "\n"
 
@@ -121,19 +138,17 @@ def markdown(rows: Sequence[Row], title: str) -> str:
 def _reading(pairs: int, phrases: bool) -> list[str]:
     lines = ["Percent; mean ± standard deviation over seeds, which change the weights and the training data."]
     if phrases:
-        lines.append("IoU of phrases on the test split, at thresholds of the validation split that answer 50 or 60 % of the absent "
-                     "phrases with nothing; best proposal: the best IoU of any query, chosen by the truth.")
+        lines.append(PHRASES)
     if pairs > 1:
         factor = float(student.ppf(0.975, pairs - 1)) / math.sqrt(pairs)
-        lines.append(f"With {pairs} pairs a difference is outside of chance (95 %, one comparison) where it exceeds "
-                     f"{factor:.1f} times its standard deviation; of twenty such, one is chance.")
+        lines.append(CHANCE.format(pairs=pairs, factor=factor))
     return lines
 
 
-def _percent(values: Sequence[float], scale: float, sign: bool = False) -> str:
+def _percent(values: Sequence[float], sign: bool = False) -> str:
     if not values:
         return "-"
-    mean, spread = mean_and_spread([scale * v for v in values])
+    mean, spread = mean_and_spread([100 * v for v in values])
     return f"{mean:{'+' if sign else ''}.1f}" + ("" if math.isnan(spread) else f" ± {spread:.1f}")
 
 
