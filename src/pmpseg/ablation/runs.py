@@ -19,6 +19,7 @@ from pmpseg.errors import InputError
 # One thread each, none that spins; large arrays are kept instead of returned (see the Makefile).
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 ENVIRONMENT |= {"MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "1000000000"}
+COMMAND = [sys.executable, "-m", "pmpseg.ablation.job"]
 PATIENCE = 10  # seconds that a process has to end
 
 
@@ -47,7 +48,7 @@ class Job:
     def start(self) -> "subprocess.Popen[bytes]":
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "settings.json").write_text(json.dumps(self.settings, indent=1) + "\n", encoding="utf-8")
-        command = [sys.executable, "-m", "pmpseg.ablation.job", str(self.folder)]
+        command = [*COMMAND, str(self.folder)]
         with (self.folder / "log.txt").open("ab") as log:
             return subprocess.Popen(  # in a group of its own, since Ctrl-C is ours to pass on
                 command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=os.environ | ENVIRONMENT, process_group=0
