@@ -100,7 +100,7 @@ def report(out: Path) -> None:
     print_table(rows)
 
     print("\nThe class list asked together: mIoU")
-    scores = {arm: [json.loads(p.with_name("scores.json").read_text())["numbers"] for p in paths] for arm, paths in runs.items()}
+    scores = {arm: [numbers(path.with_name("scores.json")) for path in paths] for arm, paths in runs.items()}
     names = ("miou_seen", "miou_combination", "miou_word")
     print_table({arm: {n.removeprefix("miou_"): [s[n] for s in ss] for n in names} for arm, ss in scores.items()})
     print("\nCost")
@@ -114,6 +114,11 @@ def report(out: Path) -> None:
         steps = [h["step"] for h in histories[0]]
         means = [100 * np.mean([h[i]["miou"] for h in histories]) for i in range(len(steps))]
         print(f"  {arm:10} " + "  ".join(f"{step}: {mean:.1f}" for step, mean in zip(steps, means, strict=True)))
+
+
+def numbers(path: Path) -> dict[str, float]:
+    scores = json.loads(path.read_text())
+    return scores.get("numbers", scores)  # which earlier versions wrote alone
 
 
 def csv_column(path: Path, name: str) -> list[str]:

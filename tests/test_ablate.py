@@ -78,7 +78,7 @@ def test_shipped_variants_differ_in_one_key(path):
     ("changes", "message"),
     [
         ({"variants": {"blind": {"model.promt_attention": "none"}}}, "blind: unknown key .*mean 'model.prompt_attention'"),
-        ({"variants": {"blind": {"model.prompt_attention": "non"}}}, "blind: model.prompt_attention: got 'non', want .*did you mean 'none'"),
+        ({"variants": {"blind": {"model.prompt_attention": "non"}}}, "prompt_attention: got 'non', want .*did you mean 'none'"),
         ({"variants": {"wide": {"model.dim": 30}}, "groups": {}}, "wide: dim: got 30, want a multiple of 4"),
         ({"variants": {"same": {"model.dim": 32}}, "groups": {}}, "same does not differ from the base"),
         ({"variant": {}}, "unknown key 'variant': did you mean 'variants'"),
