@@ -36,7 +36,7 @@ class Job:
     @property
     def done(self) -> bool:
         trained = not self.settings["fit"] or is_trained(self.folder)
-        return trained and (self.folder / "scores.json").is_file()
+        return trained and (self.settings["score"] is None or (self.folder / "scores.json").is_file())
 
     def check(self) -> None:
         """Raises ``InputError`` if the folder holds a run of other settings."""
@@ -74,7 +74,7 @@ def _job(ablation: Ablation, out: Path, name: str, seed: int) -> Job:
     else:
         words = [_filled(word, folders) for word in ablation.trainings[name].arguments()]
         fit = [*words, "--seed_everything", str(seed), "--data.seed", str(seed), "--trainer.enable_progress_bar", "false"]
-        settings = {"fit": fit, "model": "model", "score": {}}
+        settings = {"fit": fit, "model": "model", "score": None if name in ablation.parts else {}}
     return Job(name, seed, out / f"{name}_{seed}", settings, needs)
 
 

@@ -11,7 +11,7 @@
     groups:                                   # for reading the table: factor -> names
       attention: [blind]
 
-``parts`` are trained like variants but have configs of their own and no row in the table. The value of an option may name
+``parts`` are trained like variants but have configs of their own, are not scored and have no row in the table. The value of an option may name
 another run of the same seed, as in ``"{pooled}/model"``, which is then trained first.
 """
 
