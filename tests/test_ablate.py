@@ -134,7 +134,8 @@ def test_what_only_needs_is_run_too(tmp_path):
 # ---- starting and stopping, with a job that trains nothing
 
 FAKE = """
-import json, os, sys, time
+import json, os, sys, threading, time
+from pmpseg.ablation.job import _end_with_stdin
 folder = sys.argv[1]
 name = os.path.basename(folder)
 print("began", name, flush=True)
@@ -144,8 +145,8 @@ if name.startswith("wrong"):
     print("pmpseg: error: the loss is nan at step 3\\n")
     sys.exit(2)
 if name.startswith("long"):
-    sys.stdin.read()  # which ends when it is closed
-    sys.exit(1)
+    threading.Thread(target=_end_with_stdin, daemon=True).start()
+    time.sleep(100)
 os.makedirs(os.path.join(folder, "model"), exist_ok=True)
 for path, content in (("model/config.json", {}), ("metrics.json", {}), ("scores.json", {"numbers": {}, "record": {}})):
     with open(os.path.join(folder, path), "w") as file:
@@ -230,44 +231,68 @@ def test_a_folder_of_other_settings_is_refused(fake):
         fake("good", fit=["--x", "2"]).check()
 
 
-# ---- for real: killed, continued, scored
+def test_no_process_outlives_a_kill(tmp_path, fake):
+    """SIGKILL cannot be caught: the job's standard input ends, and that ends the job."""
+    path = tmp_path / "parent.py"
+    path.write_text(
+        f"from pathlib import Path; from pmpseg.ablation import runs; runs.COMMAND = {runs.COMMAND!r}\n"
+        f"job = runs.Job('long', 0, Path({str(fake('long').folder)!r}), {fake('long').settings!r})\n"
+        "start = runs.Job.start\n"
+        "def say(self):\n    process = start(self)\n    print(process.pid, flush=True)\n    return process\n"
+        "runs.Job.start = say\nruns.run([job], 1)\n"
+    )
+    with subprocess.Popen([sys.executable, str(path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as parent:
+        child = int(parent.stdout.readline())
+        while not order(fake("long")):
+            time.sleep(0.02)
+        os.kill(child, 0)  # it is there
+        parent.kill()
+    deadline = time.monotonic() + 20
+    while is_running(child) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not is_running(child)
 
 
-def children(folder: Path) -> list[str]:
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if b"pmpseg.ablation.job" in (line := path.read_bytes()) and str(folder).encode() in line:
-                found.append(path.parent.name)
-        except OSError:
-            continue
-    return found
+def is_running(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/stat")  # a process that has ended may wait there, as a zombie, for an init that collects it
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+# ---- for real: stopped, continued, scored
+
+
+class Stop(Exception):
+    pass
+
+
+def train_until(step: int, folder: Path, fit: list[str]) -> None:
+    def stops(self, batch, index, run=PMPModule.training_step):
+        if self.global_step == step:
+            raise Stop
+        return run(self, batch, index)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(PMPModule, "training_step", stops)
+        job.train(folder, fit)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A table whose command was killed with SIGKILL in the middle of its first run, and started again."""
-    if not Path("/proc/self/cmdline").exists():
-        pytest.skip("looks for processes in /proc")
+    """A table whose first run had been stopped in the middle."""
     folder = tmp_path_factory.mktemp("ablation")
     out, path = folder / "out", write(folder)
-    args = [str(path), "--seeds", "1", "--parallel", "1", "--only", "pmp", "--out", str(out)]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    command = subprocess.Popen([sys.executable, "-m", "pmpseg.ablate", *args], **quiet)
-    checkpoint, deadline = out / "pmp_0" / "checkpoints" / "last.ckpt", time.monotonic() + 120
-    while not checkpoint.exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert len(children(out)) == 1
-    command.kill()
-    command.wait()
-    while children(out) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not children(out) and not (out / "pmp_0" / "metrics.json").exists()
-    assert ablate.main(args) == 0
+    (one,) = runs.jobs(Ablation.read(path), out, 1, {"pmp"})
+    train_until(10, one.folder, one.settings["fit"])
+    assert (one.folder / "checkpoints" / "last.ckpt").exists() and not one.done
+    assert ablate.main([str(path), "--seeds", "1", "--parallel", "1", "--only", "pmp", "--out", str(out)]) == 0
     return out
 
 
-def test_a_killed_table_is_continued(finished):
+def test_a_run_that_was_begun_is_continued(finished):
     with (finished / "pmp_0" / "metrics.csv").open() as file:
         steps = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
     assert steps == list(range(24))  # each once
@@ -310,20 +335,13 @@ def test_scores_are_those_of_evaluate(finished, tmp_path):
     assert len(again) > 15 and all(saved[name] == pytest.approx(value, abs=1e-6) for name, value in again.items())
 
 
-def test_a_run_that_was_begun_ends_as_if_it_never_stopped(tmp_path, monkeypatch):
+def test_a_run_that_was_begun_ends_as_if_it_never_stopped(tmp_path):
     ablation = Ablation.read(write(tmp_path))
     (one,) = runs.jobs(ablation, tmp_path / "out", 1, {"pmp"})
     fit = [*one.settings["fit"], "--trainer.max_steps", "6", "--trainer.val_check_interval", "3"]
     assert job.train(tmp_path / "whole", fit) > 0
 
-    def stops(self, batch, index, step=PMPModule.training_step):
-        if self.global_step == 4:
-            raise MemoryError
-        return step(self, batch, index)
-
-    with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(PMPModule, "training_step", stops)
-        job.train(tmp_path / "begun", fit)
+    train_until(4, tmp_path / "begun", fit)
     assert not job.is_trained(tmp_path / "begun")
     assert job.train(tmp_path / "begun", fit) is None and job.is_trained(tmp_path / "begun")
     first, second = (Segmenter.load(tmp_path / name / "model").network.state_dict() for name in ("whole", "begun"))

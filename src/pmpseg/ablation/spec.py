@@ -11,8 +11,8 @@
     groups:                                   # for reading the table: factor -> names
       attention: [blind]
 
-``parts`` are trained like variants but have configs of their own, are not scored and have no row in the table. The value of an option may name
-another run of the same seed, as in ``"{pooled}/model"``, which is then trained first.
+``parts`` are trained like variants but have configs of their own, are not scored and have no row in the table. The value of an
+option may name another run of the same seed, as in ``"{pooled}/model"``, which is then trained first.
 """
 
 import re
