@@ -50,7 +50,7 @@ def main(args: Sequence[str] | None = None) -> int:
         out.mkdir(parents=True, exist_ok=True)
         write()
         failed = runs.run(jobs, options.parallel or len(os.sched_getaffinity(0)), write)
-        time_steps(built, out)
+        time_steps({name: one for name, one in built.items() if name not in ablation.parts}, out)
     elif not out.is_dir():
         raise InputError(f"no runs in {out}: leave out --report, or give --out")
     write()
