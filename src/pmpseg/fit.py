@@ -33,9 +33,7 @@ ASSETS = Path(__file__).parent / "assets"
 
 def main(args: Sequence[str] | None = None) -> Path:
     """Trains as the command line (or ``args``) says and returns the run's folder."""
-    _quieten()
-    defaults, start = [ASSETS / "defaults.yaml"], ASSETS / "scenes.yaml"
-    run = PmpsegCLI(defaults, start, args, trainer_defaults={"callbacks": [BestCheckpoint()]})
+    run = command_line(args)
     trainer, root, config = run.trainer, run.run_folder, run.config.as_dict()
     path = run.checkpoint()
     checkpoint = read_checkpoint(path) if path else None
@@ -65,6 +63,13 @@ def main(args: Sequence[str] | None = None) -> Path:
     if trainer.is_global_zero:
         print(f"run: {root}\nmodel: {root / 'model'}")
     return root
+
+
+def command_line(args: Sequence[str] | None = None) -> PmpsegCLI:
+    """The model, the data and the trainer that the arguments choose, checked and built; nothing is started."""
+    _quieten()
+    defaults, start = [ASSETS / "defaults.yaml"], ASSETS / "scenes.yaml"
+    return PmpsegCLI(defaults, start, args, trainer_defaults={"callbacks": [BestCheckpoint()]})
 
 
 def _quieten() -> None:

@@ -1,0 +1,107 @@
+"""Ablate: ``python -m pmpseg.ablate conf/ablation/NAME.yaml --seeds 3`` trains a base and named differences, and writes a table.
+
+What is done is skipped, what was begun is continued. Everything goes into ``runs/ablation/NAME``: a folder for each run, as
+``pmpseg.fit`` leaves it, with its scores, and ``table.csv`` (a row a run) and ``table.md``, written anew after each run.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pmpseg import cli
+from pmpseg.ablation.spec import Ablation
+from pmpseg.errors import InputError
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs what the command line (or ``args``) says; returns 1 if a run failed."""
+    parser = argparse.ArgumentParser(prog="python -m pmpseg.ablate", description="Train a base and its variants; write a table.")
+    parser.add_argument("file", type=Path, help="conf/ablation/NAME.yaml (see src/pmpseg/ablation/spec.py)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each variant; default: 3")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these variants and what they need; the base always is")
+    parser.add_argument("--parallel", type=int, help="runs at a time, one thread each; default: the number of cores")
+    parser.add_argument("--out", type=Path, help="folder; default: runs/ablation/NAME")
+    parser.add_argument("--report", action="store_true", help="run nothing: only the tables of what is there")
+    options = parser.parse_args(args)
+    for name in ("seeds", "parallel"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise InputError(f"--{name}: got {getattr(options, name)}, want 1 or more")
+    ablation = Ablation.read(options.file)
+    out = options.out or Path("runs/ablation") / options.file.stem
+    names = chosen(ablation, options.only)
+
+    from pmpseg.ablation import runs, table
+
+    failed: list[str] = []
+
+    def write() -> None:
+        table.write(table.collect(ablation, out), out, options.file.stem.replace("_", " "))
+
+    if not options.report:
+        jobs = runs.jobs(ablation, out, options.seeds, names)
+        for job in jobs:
+            job.check()
+        built = build(ablation, names)
+        out.mkdir(parents=True, exist_ok=True)
+        write()
+        failed = runs.run(jobs, options.parallel or len(os.sched_getaffinity(0)), write)
+        time_steps({name: one for name, one in built.items() if name not in ablation.parts}, out)
+    elif not out.is_dir():
+        raise InputError(f"no runs in {out}: leave out --report, or give --out")
+    write()
+    print((out / "table.md").read_text(encoding="utf-8"))
+    print(f"saved: {out / 'table.csv'} {out / 'table.md'}")
+    for line in failed:
+        print(f"failed: {line}", file=sys.stderr)
+    return int(bool(failed))
+
+
+def chosen(ablation: Ablation, only: Sequence[str] | None) -> set[str]:
+    """The names to run: those wanted, the base, and what they need."""
+    known = {*ablation.trainings, *ablation.evaluations}
+    wanted = {ablation.base_name, *only} if only else known
+    for name in only or ():
+        if name not in known:
+            raise InputError(f"--only {name}: {ablation.path} has {', '.join(sorted(known))}{cli.did_you_mean(name, known)}")
+    while more := {needed for name in wanted for needed in ablation.needs(name)} - wanted:
+        wanted |= more
+    return wanted
+
+
+def build(ablation: Ablation, names: set[str]) -> dict[str, Any]:
+    """Every training as ``pmpseg.fit`` builds it, so that mistakes are found before the first run; not if it needs another."""
+    from pmpseg import fit
+
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
+    built = {}
+    for name, training in ablation.trainings.items():
+        if name in names and not training.needs():
+            try:
+                built[name] = fit.command_line([*training.arguments(), "--seed_everything", "0", "--data.seed", "0"])
+            except InputError as error:
+                raise InputError(f"{ablation.path}: {name}: {error}") from error
+    return built
+
+
+def time_steps(built: dict[str, Any], out: Path) -> None:
+    """Measures all variants in turns unless this was done; step_seconds.json keeps it."""
+    from pmpseg.ablation.timing import step_seconds
+
+    path = out / "step_seconds.json"
+    if path.is_file() and built.keys() <= json.loads(path.read_text(encoding="utf-8")).keys():
+        return
+    print(f"timing a step of {', '.join(built)} in turns", file=sys.stderr)
+    for one in built.values():
+        one.datamodule.num_workers = 0
+    seconds = step_seconds({name: (one.model, next(iter(one.datamodule.train_dataloader()))) for name, one in built.items()})
+    with cli.whole_file(path) as temporary:
+        temporary.write_text(json.dumps(seconds, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    cli.run(main)
