@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -64,8 +65,9 @@ def pmp_like(reference: torch.nn.Module, **options: object) -> torch.nn.Module:
     if not options:
         return converted
     network = PMP(**(converted.config | options))
-    own = network.state_dict()
-    network.load_state_dict({k: v for k, v in converted.state_dict().items() if k in own and own[k].shape == v.shape}, strict=False)
+    own, theirs = network.state_dict(), converted.state_dict()
+    fitting = {name: value for name, value in theirs.items() if name in own and own[name].shape == value.shape}
+    network.load_state_dict(fitting, strict=False)
     return network
 
 
@@ -143,18 +145,20 @@ def prompts(repeat: int) -> None:
         "both directions": {"prompt_direction": "both"},
         "after the image attention": {"prompt_place": "after_image"},
     }
-    networks = {name: pmp_like(reference, **({"prompt_attention": "pooled"} | options)).eval() for name, options in variants.items()}
+    pooled_options: dict[str, object] = {"prompt_attention": "pooled"}
+    networks = {name: pmp_like(reference, **(pooled_options | options)).eval() for name, options in variants.items()}
     sides = {name: lambda n=network: n(image, asked) for name, network in networks.items()}
     seconds = in_turns(sides, repeat)
     show(f"Forward at {count} prompts", seconds)
-    blind = seconds["blind"]
-    print("  cost of guidance: " + ", ".join(f"{name} {spent / blind - 1:+.1%}" for name, spent in seconds.items() if name != "blind"))
+    blind = seconds.pop("blind")
+    print("  cost of guidance: " + ", ".join(f"{name} {spent / blind - 1:+.1%}" for name, spent in seconds.items()))
     encoded = networks["blind"].encode(image)
     sides = {name: lambda n=network: n.decode(encoded, asked) for name, network in networks.items()}
     show(f"The decoder alone at {count} prompts", in_turns(sides, repeat))
     repeated, shared = pmp_like(reference, prompt_queries="repeated").eval(), networks["zero gate"]
     some = asked.select(list(range(few)))
-    sides = {"shared queries": lambda: shared.decode(encoded, some), "repeated for each prompt": lambda: repeated.decode(encoded, some)}
+    sides = {"shared queries": lambda: shared.decode(encoded, some)}
+    sides["repeated for each prompt"] = lambda: repeated.decode(encoded, some)
     show(f"The decoder alone at {few} prompts", in_turns(sides, max(1, repeat // 2)))
 
 
@@ -165,7 +169,7 @@ def memory(_: int) -> None:
         command = [sys.executable, __file__, "--peak", str(side), str(count)]
         ran = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
         dense = count * side * side * 4 / 2**30
-        print(f"  {side}x{side}, {count:4} classes: {ran.stdout.strip()}; (C, H, W) floats would be {dense:.2f} GiB more", flush=True)
+        print(f"  {side}x{side}, {count:4} classes: {ran.stdout.strip()}; (C, H, W) floats would be {dense:.2f} GiB", flush=True)
 
 
 @torch.inference_mode()
@@ -201,7 +205,7 @@ def region(_: int) -> None:
     from transformers import CLIPVisionConfig
 
     torch.manual_seed(0)
-    config = CLIPVisionConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, patch_size=16)
+    config = CLIPVisionConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, patch_size=16)
     shape = {"vision": config.to_dict() | {"projection_dim": 512}, "mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28]}
     image, masks = torch.rand(1, 3, SIZE, SIZE), torch.zeros(1, 100, SIZE, SIZE)
     for i in range(100):
@@ -229,8 +233,8 @@ def gpu(repeat: int) -> None:
         image = torch.rand(batch, 3, SIZE, SIZE, device="cuda")
         for dtype in (torch.float32, torch.bfloat16):
             print(f"\nbatch {batch}, {dtype}")
-            sides = {"transformers": lambda: reference(image), "PMP": lambda: network(image, None)}
-            for name, run in (sides | {"PMP compiled": lambda: compiled(image, None)}).items():
+            sides = {"transformers": partial(reference, image), "PMP": partial(network, image, None)}
+            for name, run in (sides | {"PMP compiled": partial(compiled, image, None)}).items():
                 torch.cuda.reset_peak_memory_stats()
                 with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
                     seconds = in_turns({name: run}, repeat, "cuda")[name]

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pmpseg.inference import answers, ask_one_by_one, semantic_labels, soft_masks, upsample
 from pmpseg.losses import Masks, SetLoss
@@ -388,3 +389,29 @@ def test_masks_at_a_levels_size_are_masks_made_smaller():
         wanted = small < 0
         wanted &= ~wanted.all(-1, keepdim=True)
         assert (decoder._blocked(query, guide) == wanted)[small.abs() > 1e-4].all()
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest floating tensor that any operation made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+@torch.no_grad()
+def test_no_map_of_every_class_is_ever_made():
+    network, classes, (height, width) = build(), torch.randn(847, 12), (128, 160)
+    with Largest() as largest:
+        found = network(torch.rand(1, 3, height, width), classes)
+        semantic_labels(found, (height, width))
+    assert largest.elements <= 64 * height * width  # the chunk
+    assert largest.elements < len(classes) * height * width / 10
+    with Largest() as largest:
+        torch.einsum("bqk,bqhw->bkhw", found.class_logits, upsample(found.mask_logits, (height, width)))
+    assert largest.elements >= len(classes) * height * width  # it would be seen
