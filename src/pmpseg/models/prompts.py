@@ -22,12 +22,18 @@ class Prediction(NamedTuple):
     class_logits: (B, Q, K + 1), every query against every prompt; the last column is "no object".
     aux: (mask_logits, class_logits) of the earlier decoder layers, for deep supervision.
     pixel_logits: (B, K, h, w), every pixel against every prompt, with no query between; for a further loss.
+    fused: (B, Q, K) in [0, 1], in place of the softmax of class_logits, after a second stage (`region.py`) had its say.
     """
 
     mask_logits: Tensor
     class_logits: Tensor
     aux: Sequence[tuple[Tensor, Tensor]] = ()
     pixel_logits: Tensor | None = None
+    fused: Tensor | None = None
+
+    def probabilities(self) -> Tensor:
+        """(B, Q, K): how surely each query is named by each prompt."""
+        return self.class_logits.softmax(-1)[..., :-1] if self.fused is None else self.fused
 
 
 @dataclass
