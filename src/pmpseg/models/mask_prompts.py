@@ -31,7 +31,7 @@ class MaskPrompts(nn.Module):
         super().__init__()
         if depth < 0:
             raise InputError(f"mask_prompt_depth: got {depth}, want 0 (none) or more; OVSeg has 3")
-        self.tokens = nn.Parameter(torch.randn(depth, num_patches, width) * 0.02)
+        self.tokens = nn.Parameter(torch.randn(depth, num_patches, width) * 0.02, requires_grad=depth > 0)
 
     @property
     def depth(self) -> int:
