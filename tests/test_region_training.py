@@ -340,7 +340,8 @@ def test_a_run_on_pairs(mined, clip):
     options = ["--data", "pmpseg.data.Pairs", "--data.pairs", str(mined / "pairs.csv"), "--data.images", str(mined / "images")]
     options += ["--data.val_fraction", "0.3", "--data.batch_size", "6", "--data.num_workers", "0", "--model.tune", "prompts"]
     short = "--model pmpseg.training.RegionModule --trainer.max_steps 2 --trainer.enable_progress_bar false"
-    run = fit.main([*short.split(), "--trainer.accelerator", "cpu", "--model.clip", str(clip), *options, "--trainer.default_root_dir", str(mined / "run")])
+    options += ["--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(mined / "run")]
+    run = fit.main([*short.split(), "--model.clip", str(clip), *options])
     assert RegionStage.load(run).classifier.prompts.depth == 3
 
 
