@@ -43,11 +43,12 @@ def main(args: Sequence[str] | None = None) -> dict[str, float]:
     out.parent.mkdir(parents=True, exist_ok=True)
 
     from pmpseg.evaluation import as_json, numbers, table
-    from pmpseg.region_stage import RegionStage
     from pmpseg.segmenter import Segmenter
 
     segmenter = Segmenter.load(folder, choose_device(options.device))
     if options.region:
+        from pmpseg.region_stage import RegionStage
+
         segmenter.region = RegionStage.load(options.region).to(segmenter.device)
     spec = read_data(options.config) if options.config else own_data(segmenter.data, options.model)
     data = build_data(spec)

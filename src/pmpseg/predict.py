@@ -41,11 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from tqdm import tqdm
 
-    from pmpseg.region_stage import RegionStage
     from pmpseg.segmenter import Segmenter
 
     segmenter = Segmenter.load(model, device=choose_device(args.device))
     if args.region:
+        from pmpseg.region_stage import RegionStage
+
         segmenter.region = RegionStage.load(args.region).to(segmenter.device)
     found: dict[str, Any] = {
         "info": {
