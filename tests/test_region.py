@@ -10,7 +10,7 @@ from tiny_clip import make_tiny_clip
 from torch.nn import functional as F
 from transformers import CLIPModel
 
-from pmpseg import Segmenter
+from pmpseg import Segmenter, predict
 from pmpseg.errors import InputError
 from pmpseg.evaluation import Evaluator
 from pmpseg.inference import ask_one_by_one, ask_together, semantic_labels, soft_masks, upsample
@@ -326,6 +326,18 @@ def test_the_evaluator_uses_it(clip):
     either = [((semantic_labels(found, (64, 64)) == c) | (labels == c)).sum() for c in range(3)]
     torch.testing.assert_close(scores[1]["iou"].float(), torch.stack(right) / torch.stack(either))
     assert scores[0]["phrase_iou_with_absent"] != scores[1]["phrase_iou_with_absent"]
+
+
+def test_predict_takes_a_second_stage(clip, tmp_path):
+    make_segmenter(clip).save(tmp_path / "model")
+    Image.fromarray(photo()).save(tmp_path / "a.png")
+    region = stage(clip, weight=1.0).save(tmp_path / "region")
+    scores = []
+    for options in ([], ["--region", str(clip)], ["--region", str(region)]):
+        asked = ["--prompts", "grass", "--out", str(tmp_path / "out"), "--device", "cpu", "--threshold", "0"]
+        predict.main([str(tmp_path / "model"), str(tmp_path / "a.png"), *asked, *options])
+        scores.append(json.loads((tmp_path / "out" / "predictions.json").read_text())["annotations"][0]["score"])
+    assert len({round(score, 4) for score in scores}) == 3
 
 
 def test_each_noun_gets_the_region_its_clip_likes_best(clip):
