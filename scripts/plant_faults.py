@@ -41,7 +41,7 @@ FAULTS = {
         "test_properties.py test_pmp.py",
     ),
     "upsampling aligns corners": ("inference.py", 'maps = F.interpolate(maps, padded, mode="bilinear", align_corners=False)', 'maps = F.interpolate(maps, padded, mode="bilinear", align_corners=True)', "test_pmp.py"),
-    "no object takes part in the class list": ("inference.py", "probabilities = prediction.class_logits.softmax(-1)[..., :-1]  # (B, Q, K)\n    masks = upsample", "probabilities = prediction.class_logits[..., :-1].softmax(-1)  # (B, Q, K)\n    masks = upsample", "test_pmp.py"),
+    "no object takes part in the class list": ("inference.py", "probabilities = prediction.probabilities()  # (B, Q, K)\n    masks = upsample", "probabilities = prediction.class_logits[..., :-1].softmax(-1)  # (B, Q, K)\n    masks = upsample", "test_pmp.py"),
     "a threshold counts as above": ("metrics.py", "thresholds, out_int32=True)", "thresholds, out_int32=True, right=True)", "test_metrics.py"),
     "a continued run begins its epoch anew": ("data/base.py", "self.skip if epoch == self.first else 0", "0", "test_resume.py test_properties.py"),
     "every step draws the same": ("training/resume.py", "[self.seed, number, trainer.global_rank]", "[self.seed, 0, trainer.global_rank]", "test_resume.py"),

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_clip import make_tiny_clip
 
 from pmpseg import fit
 from pmpseg.losses import mean_over_ranks
+from pmpseg.models import RegionClassifier
 from pmpseg.training import PMPModule
 from pmpseg.training.resume import LastCheckpoint
 
@@ -165,3 +167,47 @@ def test_two_processes_continue_exactly(tmp_path, monkeypatch):
         fit_on(2, copies / step, *options, "--trainer.max_steps", "5", "--ckpt_path", "last")
         found = torch.load(copies / step / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
         assert all(torch.equal(found[name], value) for name, value in wanted.items()), step
+
+
+# ---- a CLIP tuned on regions: every region meets the nouns of all processes
+
+REGIONS = (
+    "--model pmpseg.training.RegionModule --model.tune all_then_prompts --model.mask_prompt_depth 2 --model.lr 1e-3 "
+    "--model.warmup_steps 1 --model.repeated_nouns ignored --data pmpseg.data.SceneRegions --data.train_length 12 "
+    "--data.val_length 4 --data.regions 2 --data.num_workers 0 --trainer.max_steps 4 --trainer.val_check_interval 4 "
+    "--trainer.check_val_every_n_epoch null --trainer.enable_progress_bar false --trainer.accelerator cpu "
+    "--trainer.log_every_n_steps 1"
+).split()
+
+
+def as_region_rank(rank: int, port: int, args: list[str]) -> None:
+    torch.set_num_threads(1)
+    values = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    values |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+    os.environ.update({name: str(value) for name, value in values.items()})
+    fit.main([*args, "--trainer.strategy", "ddp", "--trainer.devices", "2"])
+
+
+@needs_fork
+def test_two_processes_tune_as_one(tmp_path):
+    """Batches of one scene on each of two processes are a batch of two scenes: both stages learn the same weights."""
+    clip = ["--model.clip", str(make_tiny_clip(tmp_path / "clip"))]
+    two = [*REGIONS, *clip, "--data.batch_size", "1", "--trainer.default_root_dir", str(tmp_path / "two")]
+    context = torch.multiprocessing.start_processes(as_region_rank, (free_port(), two), nprocs=2, start_method="fork", join=False)
+    deadline = time.monotonic() + 100
+    while not context.join(1):
+        if time.monotonic() > deadline:
+            for process in context.processes:
+                process.kill()
+            pytest.fail("two processes hang")
+    fit.main([*REGIONS, *clip, "--data.batch_size", "2", "--trainer.default_root_dir", str(tmp_path / "one")])
+    one, both = (
+        torch.load(tmp_path / run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for run in ("one", "two")
+    )
+    start = RegionClassifier(tmp_path / "clip").state_dict()
+    for name, value in one.items():
+        torch.testing.assert_close(both[name], value, atol=2e-5, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+    learned = {k: v for k, v in one.items() if "vision" in k}
+    assert learned and all(not torch.equal(v, start[k.removeprefix("classifier.")]) for k, v in learned.items())
+    scores = [json.loads((tmp_path / run / "metrics.json").read_text())["best"] for run in ("one", "two")]
+    assert scores[0] == pytest.approx(scores[1])

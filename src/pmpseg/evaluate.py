@@ -30,6 +30,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, float]:
         "leaks the truth; prompts that are the whole class list are asked together in any mode",
     )
     parser.add_argument("--threshold", type=float, help="of scores, from 0 to below 1; default: the model's own")
+    parser.add_argument("--region", help="second stage: a region model (of training/region.py), or a CLIP folder or hub id")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is one")
     parser.add_argument("--out", type=Path, help="JSON file; default: metrics_SPLIT.json beside the model folder")
     options = parser.parse_args(args)
@@ -45,11 +46,16 @@ def main(args: Sequence[str] | None = None) -> dict[str, float]:
     from pmpseg.segmenter import Segmenter
 
     segmenter = Segmenter.load(folder, choose_device(options.device))
+    if options.region:
+        from pmpseg.region_stage import RegionStage
+
+        segmenter.region = RegionStage.load(options.region).to(segmenter.device)
     spec = read_data(options.config) if options.config else own_data(segmenter.data, options.model)
     data = build_data(spec)
     scores = evaluate(segmenter, data, options.split, options.threshold, options.phrase_mode)
     print(table(scores, data.vocabulary))
-    asked = {"model": str(options.model), "split": options.split, "phrase_mode": options.phrase_mode, "data": spec}
+    asked = {"model": str(options.model), "region": options.region, "split": options.split}
+    asked |= {"phrase_mode": options.phrase_mode, "data": spec}
     iou = dict(zip(data.vocabulary.names, scores["iou"].reshape(-1).tolist(), strict=True))
     with cli.whole_file(out) as temporary:
         temporary.write_text(json.dumps(asked | as_json(scores | {"iou": iou}), indent=1) + "\n")
@@ -71,7 +77,7 @@ def evaluate(
     loader = data.val_dataloader() if split == "val" else data.test_dataloader()
     for batch in tqdm(loader, desc=f"evaluate {split}", unit="batch"):
         on_device = {k: v.to(segmenter.device) if hasattr(v, "to") else v for k, v in batch.items()}
-        evaluator.update(segmenter.network, segmenter.text, on_device)
+        evaluator.update(segmenter.network, segmenter.text, on_device, segmenter.region)
     return evaluator.compute()
 
 

@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .inference import answers, ask_one_by_one, semantic_labels, soft_masks, upsample, with_synonyms
+from .inference import answers, ask_one_by_one, ask_together, semantic_labels, soft_masks, upsample, with_synonyms
 from .metrics import ConfusionMetrics, PhraseMetrics
 from .models.clip import TextEncoder
 from .models.pmp import PMP
+from .models.prompts import Prompts
 from .models.query_decoder import Features
+from .models.region import Regions
+from .region_stage import RegionStage
 from .vocabulary import Vocabulary
 
 PHRASE_MODES = ("alone", "mixed", "own")
@@ -42,12 +45,13 @@ class Evaluator(nn.Module):
         self.phrases = PhraseMetrics(threshold, kinds=phrase_kinds)
 
     @torch.no_grad()
-    def update(self, network: PMP, text: TextEncoder, batch: dict[str, Any]) -> None:
+    def update(self, network: PMP, text: TextEncoder, batch: dict[str, Any], region: RegionStage | None = None) -> None:
         """Adds one batch; its answers are scored at the size of its labels, the image's own."""
         image, size = batch["image"].float() / 255, tuple(batch["labels"].shape[-2:])
         image_size = tuple(image.shape[-2:])
         features, names = network.encode(image), self.vocabulary.names
-        prediction = network.decode(features, text.encode(with_synonyms(names, self.vocabulary)))
+        words = with_synonyms(names, self.vocabulary)
+        prediction = ask_together(network, features, text.encode(words), region.ask(image, words) if region else None)
         self.classes.update(semantic_labels(prediction, image_size, size), batch["labels"])
         if "prompt_masks" not in batch:
             return
@@ -59,21 +63,19 @@ class Evaluator(nn.Module):
             if not asked:
                 continue
             if by_class is None:
-                soft, scores = self._ask(network, text, features, i, [row[k] for k in asked])
+                words = with_synonyms([row[k] for k in asked], self.vocabulary)
+                regions = region.ask(image[i, None], words) if region else None
+                soft, scores = self._ask(network, features.select(i), text.encode(words), regions)
             else:
                 soft, scores = (x[i, None] for x in by_class)
             kinds = [self._kinds(batch["phrase_kind"][i][k]) for k in asked] if self.phrases.kinds else None
             self.phrases.update(answers(upsample(soft, image_size, size), scores)[0], truth[asked], kinds)
 
-    def _ask(
-        self, network: PMP, text: TextEncoder, features: Features, image: int, phrases: list[str]
-    ) -> tuple[Tensor, Tensor]:
-        """Soft masks (1, K, h, w) and scores (1, K) of the phrases of one image of the batch."""
-        features = features.select(image)
-        prompts = text.encode(with_synonyms(phrases, self.vocabulary))
+    def _ask(self, network: PMP, features: Features, prompts: Prompts, regions: Regions | None) -> tuple[Tensor, Tensor]:
+        """Soft masks (1, K, h, w) and scores (1, K) of the phrases of one image."""
         if self.phrase_mode == "alone":
-            return ask_one_by_one(network, features, prompts)
-        return soft_masks(network.decode(features, prompts))
+            return ask_one_by_one(network, features, prompts, regions=regions)
+        return soft_masks(ask_together(network, features, prompts, regions))
 
     def _kinds(self, kind: str) -> list[str]:
         """"relation word" counts as both and, where the data lists it, as "relation_word"."""

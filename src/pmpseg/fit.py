@@ -45,7 +45,7 @@ def main(args: Sequence[str] | None = None) -> Path:
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     seed = run.config.seed_everything
     own = [
-        RunRecord(config["data"], run.config.encoders),
+        getattr(run.model, "record", RunRecord)(config["data"], run.config.encoders),
         FiniteLoss(),
         StepSeed(seed if isinstance(seed, int) else 0),
         *(PlainProgressBar() if type(c) in default_bars else c for c in callbacks),

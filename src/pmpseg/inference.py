@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from .models.pmp import MASK_STRIDE, PMP
 from .models.prompts import Prediction, Prompts
 from .models.query_decoder import Features
+from .models.region import RegionClassifier, Regions, ensemble
 from .vocabulary import Vocabulary
 
 Size = tuple[int, int]
@@ -43,7 +44,7 @@ def semantic_labels(
     and "no object". Classes are visited ``chunk`` at a time, which changes nothing but that a (K, H, W) product never exists.
     ``transformers``: scores at 384 x 384 pixels, then resized, as its ``post_process_semantic_segmentation`` does.
     """
-    probabilities = prediction.class_logits.softmax(-1)[..., :-1]  # (B, Q, K)
+    probabilities = prediction.probabilities()  # (B, Q, K)
     if transformers:
         masks = F.interpolate(prediction.mask_logits, TRANSFORMERS_SIZE, mode="bilinear", align_corners=False).sigmoid()
     else:
@@ -66,7 +67,7 @@ def soft_masks(prediction: Prediction) -> tuple[Tensor, Tensor]:
     A pixel belongs to a prompt as much as the best query says that is named so and covers it: max over q of p(k | q) *
     sigmoid(mask_q). The score is the highest p(k | q): how sure the network is that there is something to find.
     """
-    probabilities = prediction.class_logits.softmax(-1)[..., :-1]  # (B, Q, K)
+    probabilities = prediction.probabilities()  # (B, Q, K)
     masks = prediction.mask_logits.sigmoid()
     answers = torch.stack([(p[..., None, None] * masks).amax(1) for p in probabilities.unbind(-1)], 1)
     return answers, probabilities.amax(1)
@@ -82,17 +83,44 @@ def answers(soft: Tensor, scores: Tensor) -> Tensor:
     return torch.where(soft > 0.5 * scores, scores, torch.zeros_like(soft))
 
 
-def ask_one_by_one(network: PMP, features: Features, prompts: Prompts, at_once: int = 16) -> tuple[Tensor, Tensor]:
+def ask_together(network: PMP, features: Features, prompts: Prompts, regions: Regions | None = None) -> Prediction:
+    """The prompts as one list, of which every query is named by one; ``regions`` names them again by a second stage's CLIP."""
+    prediction = network.decode(features, prompts)
+    if regions is None:
+        return prediction
+    return name_again(prediction, regions.classifier, regions.image, regions.names[None])
+
+
+def name_again(prediction: Prediction, classifier: RegionClassifier, image: Tensor, names: Tensor) -> Prediction:
+    """The prediction with ``fused``: its queries named by a second stage, too (see ``region.ensemble``).
+
+    ``image`` (B, 3, H, W) as the network saw it; ``names`` (1 or B, K, E), which may be followed by names to contrast them with.
+    """
+    masks = upsample(prediction.mask_logits.float().sigmoid(), (image.shape[-2], image.shape[-1]))
+    region, valid = classifier(image, masks, names)
+    return prediction._replace(fused=ensemble(prediction.class_logits.float(), region, valid, classifier.weight))
+
+
+def ask_one_by_one(
+    network: PMP, features: Features, prompts: Prompts, at_once: int = 16, regions: Regions | None = None
+) -> tuple[Tensor, Tensor]:
     """``soft_masks`` with every prompt decoded alone, so that none can hint at another's answer.
 
     The image is encoded once; ``at_once`` prompts share a batch of the decoder, which changes nothing but the speed. Padding
-    prompts get zeros. Returns masks (B, K, h, w) and scores (B, K).
+    prompts get zeros. With ``regions`` each is also weighed against ``regions.contrast`` by a second stage. Returns masks
+    (B, K, h, w) and scores (B, K).
     """
     batch, answers = len(prompts.valid), []
+    if regions is not None:
+        at_once = 1  # every prompt has masks of its own, at the image's size
     for start in range(0, prompts.valid.shape[1], at_once):
         some = prompts.select(slice(start, start + at_once))
         count = some.valid.shape[1]
-        masks, scores = soft_masks(network.decode(features.repeat(count), some.one_by_one()))  # (B * count, 1, ...)
+        prediction = network.decode(features.repeat(count), some.one_by_one())  # (B * count, ...), of one prompt each
+        if regions is not None:
+            names = torch.cat([regions.names[start, None], regions.contrast])[None]
+            prediction = name_again(prediction, regions.classifier, regions.image, names)
+        masks, scores = soft_masks(prediction)  # (B * count, 1, ...)
         answers.append((masks.reshape(batch, count, *masks.shape[2:]), scores.reshape(batch, count)))
     masks, scores = (torch.cat(x, 1) for x in zip(*answers, strict=True))
     return masks * prompts.valid[..., None, None], scores * prompts.valid

@@ -46,9 +46,9 @@ def instances(
     The score is p(k | query) times the mean probability of the mask's pixels; a query may count for several classes.
     """
     found = []
-    for logits, masks in zip(prediction.class_logits, prediction.mask_logits, strict=True):
-        classes = logits.shape[-1] - 1
-        best, pair = logits.softmax(-1)[:, :-1].flatten().topk(len(logits))
+    for probabilities, masks in zip(prediction.probabilities(), prediction.mask_logits, strict=True):
+        queries, classes = probabilities.shape
+        best, pair = probabilities.flatten().topk(queries)
         query, labels = pair // classes, pair % classes
         if transformers:
             own = F.interpolate(masks[None, query], TRANSFORMERS_SIZE, mode="bilinear", align_corners=False)[0]
@@ -79,10 +79,12 @@ def panoptic(
     threshold: of p(class | query), above which a query takes part.
     overlap: the share of its mask that a query must win against the others, or it is left out.
     """
+    best, named = prediction.probabilities().max(-1)  # (B, Q)
+    taking_part = best > threshold
+    if prediction.fused is None:  # a second stage knows no "no object"
+        taking_part &= best >= prediction.class_logits.softmax(-1)[..., -1]
     found = []
-    for logits, masks in zip(prediction.class_logits, prediction.mask_logits, strict=True):
-        scores, labels = logits.softmax(-1).max(-1)
-        keep = (labels < logits.shape[-1] - 1) & (scores > threshold)
+    for scores, labels, keep, masks in zip(best, named, taking_part, prediction.mask_logits, strict=True):
         if transformers:
             small = F.interpolate(masks[None, keep], TRANSFORMERS_SIZE, mode="bilinear", align_corners=False).sigmoid()
             probability = F.interpolate(small, size or image_size, mode="bilinear", align_corners=False)[0]

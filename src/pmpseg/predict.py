@@ -44,6 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from pmpseg.segmenter import Segmenter
 
     segmenter = Segmenter.load(model, device=choose_device(args.device))
+    if args.region:
+        from pmpseg.region_stage import RegionStage
+
+        segmenter.region = RegionStage.load(args.region).to(segmenter.device)
     found: dict[str, Any] = {
         "info": {
             "model": args.model,
@@ -115,6 +119,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=float,
         help="of the masks of prompts asked alone, from 0 to below 1 (default: the model's own)",
     )
+    parser.add_argument("--region", metavar="MODEL", help="second stage: a region model, or a CLIP folder or hub id")
     parser.add_argument(
         "--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: cuda if there is one"
     )

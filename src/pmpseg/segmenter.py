@@ -4,8 +4,8 @@
     answer = segmenter.segment("photo.jpg", ["red circle", "grass"])
     answer.overlay().save("answer.png")
 
-A model folder holds ``config.json``, ``model.safetensors``, ``vocabulary.txt`` and ``text_encoder/`` (a Hugging Face folder): all
-that is needed on another machine. No lightning is imported here.
+A model folder holds ``config.json``, ``model.safetensors``, ``vocabulary.txt`` and ``text_encoder/`` (a Hugging Face folder), and
+``region/`` where there is a second stage: all that is needed on another machine. No lightning is imported here.
 """
 
 import hashlib
@@ -20,16 +20,17 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .errors import InputError
 from .hub import FORMAT, check_free, model_folder, public_name, read_config, shipped_or
 from .images import read_image
-from .inference import Size, answers, ask_one_by_one, semantic_labels, soft_masks, upsample, with_synonyms
+from .inference import Size, answers, ask_one_by_one, ask_together, semantic_labels, soft_masks, upsample, with_synonyms
 from .models.clip import TextEncoder
 from .models.pmp import PMP
+from .models.weights import load_state
+from .region_stage import RegionStage
 from .vocabulary import Vocabulary
 
 NOTHING = -1  # label of a pixel that no prompt claims
@@ -117,6 +118,8 @@ class Segmenter:
         threshold: of scores, above which something is there; chosen on the validation split.
         data: ``class_path`` and ``init_args`` of the data that it was trained with, for ``evaluate``.
         backbone_weights: what the backbone was started from (see ``models.PMP``); ``save`` can name it in place of a frozen one.
+        region: a second stage that names the network's masks again by what a CLIP sees in them. Scores change with it: choose the
+            threshold anew.
     """
 
     def __init__(
@@ -128,8 +131,10 @@ class Segmenter:
         threshold: float = 0.5,
         data: dict[str, Any] | None = None,
         backbone_weights: str | None = None,
+        region: RegionStage | None = None,
     ) -> None:
         self.network, self.text, self.vocabulary = network.eval(), text.eval(), vocabulary
+        self.region = region and region.eval()
         self.image_size, self.threshold = image_size, threshold
         self.data, self.backbone_weights = data, backbone_weights
 
@@ -140,6 +145,8 @@ class Segmenter:
     def to(self, device: str | torch.device) -> "Segmenter":
         self.network.to(device)
         self.text.to(device)
+        if self.region is not None:
+            self.region.to(device)
         return self
 
     @torch.inference_mode()
@@ -162,26 +169,21 @@ class Segmenter:
             raise InputError(f"threshold: got {threshold}, want 0 to below 1, or None for the model's own")
         picture = read_image(image)
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        encoded = self.text.encode(with_synonyms(prompts, self.vocabulary))
-        tensor = self._working_image(picture).to(self.device)
+        words = with_synonyms(prompts, self.vocabulary)
+        encoded = self.text.encode(words)
+        tensor = working_image(picture, self.image_size).to(self.device)
         image_size, size = (tensor.shape[-2], tensor.shape[-1]), (picture.height, picture.width)
         features = self.network.encode(tensor)
+        regions = None if self.region is None else self.region.ask(tensor, words)
         labels = None
         if together:
-            prediction = self.network.decode(features, encoded)
+            prediction = ask_together(self.network, features, encoded, regions)
             labels = semantic_labels(prediction, image_size, size)[0].cpu().numpy()
             soft, scores = soft_masks(prediction)
         else:
-            soft, scores = ask_one_by_one(self.network, features, encoded)
+            soft, scores = ask_one_by_one(self.network, features, encoded, regions=regions)
         threshold = self.threshold if threshold is None else threshold
         return Segmentation(picture, prompts, scores[0].cpu().numpy(), soft[0].cpu(), threshold, image_size, labels)
-
-    def _working_image(self, image: Image.Image) -> Tensor:
-        """(1, 3, h, w) in [0, 1] with the short side at ``image_size`` and the long one at most ``MAX_ASPECT`` times that."""
-        scale = self.image_size / min(image.size)
-        width, height = (min(round(s * scale), MAX_ASPECT * self.image_size) for s in image.size)
-        resized = image if (width, height) == image.size else image.resize((width, height), Image.Resampling.BILINEAR)
-        return torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None].float() / 255
 
     # ---- files
 
@@ -217,6 +219,8 @@ class Segmenter:
                     config["backbone_weights"] = _reference(self.backbone_weights, self.network.backbone.tower)
                     state = {k: v for k, v in state.items() if not k.startswith(TOWER)}
             save_file(state, part / "model.safetensors")
+            if self.region is not None:
+                self.region.write(part / "region", shared=self.text)
             self.vocabulary.write(part / "vocabulary.txt")
             (part / "config.json").write_text(json.dumps(config, indent=1) + "\n")
             if folder.exists():
@@ -237,10 +241,19 @@ class Segmenter:
             raise InputError(f"{folder / 'config.json'}: 'network' does not describe a PMP ({error})") from None
         if tower:
             _check_reference("backbone", tower, network.backbone.tower)
-        _load_weights(network, folder / "model.safetensors", without=TOWER if tower else None)
+        load_state(network, folder / "model.safetensors", without=TOWER if tower else None)
         vocabulary = Vocabulary.read(folder / "vocabulary.txt")
         data, source = config.get("data"), tower and tower["name"]
-        return cls(network, text, vocabulary, config["image_size"], config["threshold"], data, source).to(device)
+        region = RegionStage.read(folder / "region", shared=text) if (folder / "region").exists() else None
+        return cls(network, text, vocabulary, config["image_size"], config["threshold"], data, source, region).to(device)
+
+
+def working_image(image: Image.Image, short_side: int) -> Tensor:
+    """(1, 3, h, w) in [0, 1] with the short side at ``short_side`` and the long one at most ``MAX_ASPECT`` times that."""
+    scale = short_side / min(image.size)
+    width, height = (min(round(s * scale), MAX_ASPECT * short_side) for s in image.size)
+    resized = image if (width, height) == image.size else image.resize((width, height), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None].float() / 255
 
 
 def weights_hash(module: nn.Module) -> str:
@@ -270,23 +283,3 @@ def _load_text(folder: Path, config: dict[str, Any]) -> TextEncoder:
     if "name" in config:
         _check_reference("text encoder", config, text)
     return text
-
-
-def _load_weights(network: nn.Module, path: Path, without: str | None) -> None:
-    """Fills the network, but for the weights whose names start with ``without``."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; the model folder is not complete")
-    try:
-        state = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a whole safetensors file ({error}); copy or save the model again") from None
-    wanted = {k: v for k, v in network.state_dict().items() if without is None or not k.startswith(without)}
-    both = wanted.keys() & state.keys()
-    wrong = sorted((wanted.keys() ^ state.keys()) | {k for k in both if state[k].shape != wanted[k].shape})
-    if wrong:
-        count = f"{len(wrong)} of {len(wanted)}"
-        raise InputError(f"{path}: {count} weights do not fit the network in config.json, first {wrong[0]!r}")
-    broken = [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]
-    if broken:
-        raise InputError(f"{path}: {broken[0]!r} holds NaN or infinity; this training went wrong, use an earlier checkpoint")
-    network.load_state_dict(state, strict=False)

@@ -5,9 +5,11 @@ from importlib import import_module
 _HOME = {
     "Scenes": "pmpseg.data.scenes",
     "FolderData": "pmpseg.data.folder",
+    "Pairs": "pmpseg.data.pairs",
+    "SceneRegions": "pmpseg.data.scene_regions",
     "SegmentationData": "pmpseg.data.base",
 }
-__all__ = ["FolderData", "Scenes", "SegmentationData"]
+__all__ = ["FolderData", "Pairs", "SceneRegions", "Scenes", "SegmentationData"]
 
 
 def __getattr__(name: str):

@@ -9,12 +9,13 @@ _HOME = {
     "PMP": "pmp",
     "Prediction": "prompts",
     "Prompts": "prompts",
+    "RegionClassifier": "region",
     "TextEncoder": "clip",
     "as_prompts": "prompts",
     "build_backbone": "backbone",
 }
 
-__all__ = ["PMP", "Prediction", "Prompts", "TextEncoder", "as_prompts", "build_backbone"]
+__all__ = ["PMP", "Prediction", "Prompts", "RegionClassifier", "TextEncoder", "as_prompts", "build_backbone"]
 
 
 def __getattr__(name: str) -> object:

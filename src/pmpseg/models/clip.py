@@ -10,6 +10,7 @@ Shapes: B images, K prompts an image, T tokens a prompt, D the width of tokens a
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -209,10 +210,11 @@ class TextEncoder(nn.Module):
             config.eos_token_id = self.model.text_model.eos_token_id = end
 
 
-def load_clip_vision(name: str | Path) -> tuple[CLIPVisionModel, dict[str, list[float]]]:
+def load_clip_vision(name: str | Path, kind: Any = CLIPVisionModel) -> tuple[Any, dict[str, list[float]]]:
     """The vision tower of a CLIP folder or hub id, in float32, and the mean and std that its images want.
 
-    These are "mean" and "std" (3 numbers each) of the folder's image processor; {} if there is none.
+    kind: CLIPVisionModel, or CLIPVisionModelWithProjection. The mean and std are "mean" and "std" (3 numbers
+    each) of the folder's image processor; {} if there is none.
     Raises InputError if there is no CLIP.
     """
     name = str(name)
@@ -221,8 +223,9 @@ def load_clip_vision(name: str | Path) -> tuple[CLIPVisionModel, dict[str, list[
         if config.model_type not in ("clip", "clip_vision_model"):
             raise InputError(f"{name} is a {config.model_type!r} model; wanted a CLIP")
         if config.model_type == "clip":
+            config.vision_config.projection_dim = config.projection_dim  # in a whole CLIP the outer number counts
             config = config.vision_config
-        model = load_pretrained(CLIPVisionModel, name, config)
+        model = load_pretrained(kind, name, config)
         try:
             processor = ImageProcessingMixin.get_image_processor_dict(name)[0]
         except OSError:

@@ -31,6 +31,7 @@ class Prediction(NamedTuple):
     aux: (mask_logits, class_logits) of the earlier decoder layers, for deep supervision.
     pixel_logits: (B, K, h, w), every pixel against every prompt, with no query between; for a further loss.
     factors: what all layers' mask logits are products of; a loss that looks at some of them is cheaper on these.
+    fused: (B, Q, K) in [0, 1], in place of the softmax of class_logits, after a second stage (`region.py`) had its say.
     """
 
     mask_logits: Tensor
@@ -38,6 +39,11 @@ class Prediction(NamedTuple):
     aux: Sequence[tuple[Tensor, Tensor]] = ()
     pixel_logits: Tensor | None = None
     factors: "MaskFactors | None" = None
+    fused: Tensor | None = None
+
+    def probabilities(self) -> Tensor:
+        """(B, Q, K): how surely each query is named by each prompt."""
+        return self.class_logits.softmax(-1)[..., :-1] if self.fused is None else self.fused
 
 
 @dataclass

@@ -52,6 +52,26 @@ def load_weights(net: nn.Module, path: str | Path, name: str) -> str:
     return f"{path}: {len(found)} of {len(target)} tensors of {name!r}; not used: {left}"
 
 
+def load_state(network: nn.Module, path: Path, without: str | None = None) -> None:
+    """Fills a network from the model.safetensors of a model folder, but for the weights whose names start with ``without``."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; the model folder is not complete")
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a whole safetensors file ({error}); copy or save the model again") from None
+    wanted = {k: v for k, v in network.state_dict().items() if without is None or not k.startswith(without)}
+    both = wanted.keys() & state.keys()
+    wrong = sorted((wanted.keys() ^ state.keys()) | {k for k in both if state[k].shape != wanted[k].shape})
+    if wrong:
+        count = f"{len(wrong)} of {len(wanted)}"
+        raise InputError(f"{path}: {count} weights do not fit the network in config.json, first {wrong[0]!r}")
+    broken = [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]
+    if broken:
+        raise InputError(f"{path}: {broken[0]!r} holds NaN or infinity; this training went wrong, use an earlier checkpoint")
+    network.load_state_dict(state, strict=False)
+
+
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}; wanted a .safetensors or .pth file that exists")

@@ -2,8 +2,8 @@
 
 from importlib import import_module
 
-_HOME = {"PMPModule": "pmpseg.training.pmp"}
-__all__ = ["PMPModule"]
+_HOME = {"PMPModule": "pmpseg.training.pmp", "RegionModule": "pmpseg.training.region"}
+__all__ = ["PMPModule", "RegionModule"]
 
 
 def __getattr__(name: str):

@@ -18,13 +18,14 @@ from pmpseg.segmenter import Segmenter
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """``checkpoints/best.ckpt`` in the run's own folder, by ``monitor``."""
+    """``checkpoints/best.ckpt`` in the run's own folder, by ``monitor``, or what the model says of itself."""
 
     def __init__(self, monitor: str = "val/miou") -> None:
         super().__init__(monitor=monitor, mode="max", filename="best", save_top_k=1, enable_version_counter=False)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.dirpath = os.path.join(trainer.default_root_dir, "checkpoints")
+        self.monitor = getattr(pl_module, "monitor", self.monitor)
         super().setup(trainer, pl_module, stage)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -104,18 +105,23 @@ class RunRecord(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         if not trainer.is_global_zero:
             return
-        root, threshold = Path(trainer.default_root_dir), pl_module.hparams.threshold
+        root, chosen = Path(trainer.default_root_dir), self._take_best(trainer, pl_module)
+        threshold = chosen.get("threshold", pl_module.hparams.threshold)
+        self._segmenter(trainer, pl_module, threshold).save(root / "model", self.encoders)
+
+    def _take_best(self, trainer: Trainer, pl_module: Any) -> dict[str, float]:
+        """Loads the weights of the best validation, writes ``metrics.json``, and returns its row; {} without one."""
         keepers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor == self.monitor]
         best = keepers[0].best_model_path if keepers else ""
         if best:
             state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
             pl_module.load_state_dict(state, strict=False)
-        if self.history:
-            chosen = max(self.history, key=lambda scores: scores.get(self.monitor.removeprefix("val/"), 0.0))
-            threshold = chosen["threshold"]
-            with whole_file(root / "metrics.json") as temporary:
-                temporary.write_text(json.dumps({"best": chosen, "history": self.history}, indent=1) + "\n")
-        self._segmenter(trainer, pl_module, threshold).save(root / "model", self.encoders)
+        if not self.history:
+            return {}
+        chosen = max(self.history, key=lambda scores: scores.get(self.monitor.removeprefix("val/"), 0.0))
+        with whole_file(Path(trainer.default_root_dir) / "metrics.json") as temporary:
+            temporary.write_text(json.dumps({"best": chosen, "history": self.history}, indent=1) + "\n")
+        return chosen
 
     def _segmenter(self, trainer: Trainer, module: Any, threshold: float) -> Segmenter:
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -127,6 +133,19 @@ class RunRecord(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.history = state["history"]
+
+
+class RegionRecord(RunRecord):
+    """Of a run that tunes a CLIP on regions: ``metrics.json``, and ``model/`` with the best validation's weights."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if not trainer.sanity_checking:
+            self.history.append({"step": trainer.global_step, **pl_module.scores})
+
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.is_global_zero:
+            self._take_best(trainer, pl_module)
+            pl_module.region_stage().save(Path(trainer.default_root_dir) / "model")
 
 
 def example_rows(segmenter: Segmenter, dataset: Any, count: int) -> list[Row]:
