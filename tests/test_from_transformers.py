@@ -187,3 +187,23 @@ def test_what_has_no_counterpart_is_refused(models, tmp_path):
         PMP.from_transformers(strange)
     with pytest.raises(InputError, match="prompt_gate: got 'ajar'"):
         PMP.from_transformers(models["mask2former resnet"], prompt_gate="ajar")
+
+
+def test_a_run_can_start_from_a_released_model(models, tmp_path):
+    """What --model.start_from FOLDER_OR_HUB_ID builds."""
+    from pmpseg.training import PMPModule
+    from pmpseg.training.pmp import parameter_groups
+
+    models["maskformer resnet"].save_pretrained(tmp_path)
+    module = PMPModule(start_from=str(tmp_path), prompt_direction="both", pixel_weight=1.0)
+    network = module.network.eval()
+    assert network.config["decoder"] == "plain" and network.config["prompt_gate"] == "zero" and network.config["num_classes"] == 7
+    image = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        want = PMP.from_transformers(tmp_path, text_dim=16).eval()(image, None)
+        assert torch.equal(network(image, None).mask_logits, want.mask_logits)
+    learning = {id(p) for group in parameter_groups(network, 1.0, 0.1, 0.0) for p in group["params"]}
+    assert learning == {id(p) for p in network.parameters() if p.requires_grad}
+    checkpoint = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(checkpoint)
+    assert not any("class_head" in key or key.startswith("text.") for key in checkpoint["state_dict"])  # they come with the folder

@@ -322,3 +322,14 @@ def test_the_folder_of_a_run_is_no_model(saved):
 def test_missing_folder():
     with pytest.raises(InputError, match="no such folder"):
         Segmenter.load("runs/nowhere/model")
+
+
+def test_panoptic_maps_have_the_images_size_and_name_their_segments(segmenter):
+    ids, segments = segmenter.panoptic(noise(50, 70), ["red circle", "grass", "sky"], ["red circle"], threshold=0.0, overlap=0.0)
+    assert ids.shape == (50, 70) and ids.dtype == np.int32 and segments
+    assert set(np.unique(ids)) - {0} == {segment.id for segment in segments}
+    stuff = [segment.label for segment in segments if segment.label != 0]
+    assert len(stuff) == len(set(stuff)) and all(0 <= segment.score <= 1 for segment in segments)
+    assert not segmenter.panoptic(noise(50, 70), ["grass"], threshold=0.99)[0].any()
+    with pytest.raises(InputError, match="things: got 'dog', want some of the prompts: grass, sky"):
+        segmenter.panoptic(noise(50, 70), ["grass", "sky"], ["dog"])

@@ -30,6 +30,7 @@ from .inference import Size, answers, ask_one_by_one, ask_together, semantic_lab
 from .models.clip import TextEncoder
 from .models.pmp import PMP
 from .models.weights import load_state
+from .panoptic import Segment, panoptic
 from .region_stage import RegionStage
 from .vocabulary import Vocabulary
 
@@ -184,6 +185,31 @@ class Segmenter:
             soft, scores = ask_one_by_one(self.network, features, encoded, regions=regions)
         threshold = self.threshold if threshold is None else threshold
         return Segmentation(picture, prompts, scores[0].cpu().numpy(), soft[0].cpu(), threshold, image_size, labels)
+
+    @torch.inference_mode()
+    def panoptic(
+        self,
+        image: "str | Path | Image.Image | np.ndarray",
+        prompts: Sequence[str],
+        things: Sequence[str] = (),
+        threshold: float = 0.8,
+        overlap: float = 0.8,
+    ) -> tuple[np.ndarray, list[Segment]]:
+        """A map (H, W) int32 of segment ids at the image's own size, 0 for none, and the segments; a label indexes ``prompts``.
+
+        The prompts are asked together. ``things`` are those whose instances stay apart; each of the others is one segment.
+        ``threshold`` and ``overlap`` as in ``pmpseg.panoptic.panoptic``.
+        """
+        if strange := [thing for thing in things if thing not in prompts]:
+            raise InputError(f"things: got {strange[0]!r}, want some of the prompts: {', '.join(prompts)}")
+        picture, words = read_image(image), with_synonyms(prompts, self.vocabulary)
+        tensor = working_image(picture, self.image_size).to(self.device)
+        regions = None if self.region is None else self.region.ask(tensor, words)
+        prediction = ask_together(self.network, self.network.encode(tensor), self.text.encode(words), regions)
+        apart = {i for i, prompt in enumerate(prompts) if prompt in things}
+        image_size, size = (tensor.shape[-2], tensor.shape[-1]), (picture.height, picture.width)
+        (answer,) = panoptic(prediction, image_size, size, apart, threshold, overlap)
+        return answer[0].cpu().numpy(), answer[1]
 
     # ---- files
 
