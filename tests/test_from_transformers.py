@@ -201,9 +201,10 @@ def test_a_run_can_start_from_a_released_model(models, tmp_path):
     image = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         want = PMP.from_transformers(tmp_path, text_dim=16).eval()(image, None)
-        assert torch.equal(network(image, None).mask_logits, want.mask_logits)
+        torch.testing.assert_close(network(image, None).mask_logits, want.mask_logits, atol=1e-4, rtol=0)
     learning = {id(p) for group in parameter_groups(network, 1.0, 0.1, 0.0) for p in group["params"]}
     assert learning == {id(p) for p in network.parameters() if p.requires_grad}
     checkpoint = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(checkpoint)
-    assert not any("class_head" in key or key.startswith("text.") for key in checkpoint["state_dict"])  # they come with the folder
+    # What is frozen comes with the folders.
+    assert not any("class_head" in key or key.startswith("text.") for key in checkpoint["state_dict"])

@@ -85,6 +85,9 @@ def panoptic(
         taking_part &= best >= prediction.class_logits.softmax(-1)[..., -1]
     found = []
     for scores, labels, keep, masks in zip(best, named, taking_part, prediction.mask_logits, strict=True):
+        if not keep.any():
+            found.append((torch.zeros(size or image_size, dtype=torch.int32, device=masks.device), []))
+            continue
         if transformers:
             small = F.interpolate(masks[None, keep], TRANSFORMERS_SIZE, mode="bilinear", align_corners=False).sigmoid()
             probability = F.interpolate(small, size or image_size, mode="bilinear", align_corners=False)[0]
@@ -100,8 +103,6 @@ def _merge(
     """Masks (Q, H, W) compete for each pixel by score times probability."""
     ids = torch.zeros(probability.shape[1:], dtype=torch.int32, device=probability.device)
     segments: list[Segment] = []
-    if not len(scores):
-        return ids, segments
     weighted = probability * scores[:, None, None]
     winner = weighted.argmax(0)
     counted = weighted if transformers else probability
