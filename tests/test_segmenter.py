@@ -324,12 +324,18 @@ def test_missing_folder():
         Segmenter.load("runs/nowhere/model")
 
 
-def test_panoptic_maps_have_the_images_size_and_name_their_segments(segmenter):
-    ids, segments = segmenter.panoptic(noise(50, 70), ["red circle", "grass", "sky"], ["red circle"], threshold=0.0, overlap=0.0)
-    assert ids.shape == (50, 70) and ids.dtype == np.int32 and segments
-    assert set(np.unique(ids)) - {0} == {segment.id for segment in segments}
-    stuff = [segment.label for segment in segments if segment.label != 0]
-    assert len(stuff) == len(set(stuff)) and all(0 <= segment.score <= 1 for segment in segments)
-    assert not segmenter.panoptic(noise(50, 70), ["grass"], threshold=0.99)[0].any()
+def test_panoptic_maps_have_the_images_size_and_name_their_segments(clip):
+    segmenter = make_segmenter(clip)
+    head = segmenter.network.query_decoder.name_head[-1]
+    with torch.no_grad():  # every query is grass
+        head.weight.zero_()
+        head.bias.copy_(segmenter.text.encode(["grass"]).pooled[0, 0])
+    image, prompts = noise(50, 70), ["red circle", "grass", "sky"]
+    ids, segments = segmenter.panoptic(image, prompts, threshold=0.0, overlap=0.0)
+    assert ids.shape == (50, 70) and ids.dtype == np.int32
+    assert [(s.id, s.label) for s in segments] == [(1, 1)] and set(np.unique(ids)) == {0, 1}
+    apart, segments = segmenter.panoptic(image, prompts, ["grass"], threshold=0.0, overlap=0.0)
+    assert len(segments) > 1 and {s.label for s in segments} == {1} and np.array_equal(apart > 0, ids > 0)
+    assert not segmenter.panoptic(image, prompts, threshold=0.999)[0].any()
     with pytest.raises(InputError, match="things: got 'dog', want some of the prompts: grass, sky"):
-        segmenter.panoptic(noise(50, 70), ["grass", "sky"], ["dog"])
+        segmenter.panoptic(image, ["grass", "sky"], ["dog"])

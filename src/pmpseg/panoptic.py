@@ -83,7 +83,7 @@ def panoptic(
     taking_part = best > threshold
     if prediction.fused is None:  # a second stage knows no "no object"
         taking_part &= best >= prediction.class_logits.softmax(-1)[..., -1]
-    found = []
+    found: list[tuple[Tensor, list[Segment]]] = []
     for scores, labels, keep, masks in zip(best, named, taking_part, prediction.mask_logits, strict=True):
         if not keep.any():
             found.append((torch.zeros(size or image_size, dtype=torch.int32, device=masks.device), []))
