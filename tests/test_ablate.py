@@ -89,6 +89,10 @@ def test_shipped_variants_differ_in_one_key(path):
         ({"variants": {"blind": ["none"]}}, r"blind: got \['none'\], want options"),
         ({"evaluate": {"all": {"askd": "mixed"}}}, "all: unknown key 'askd': did you mean 'asked'"),
         ({"evaluate": {"all": {"model": "bland"}}}, "all: model: got 'bland', want .*did you mean 'blind'"),
+        ({"evaluate": {"crop": {"region": "tiny_clip", "mode": "corp"}}}, "crop: mode: got 'corp', want .*did you mean 'crop'"),
+        ({"evaluate": {"crop": {"region": "tiny_clip", "weight": 2}}}, "crop: weight: got 2, want 0 .* to 1"),
+        ({"evaluate": {"crop": {"mode": "crop"}}}, "crop: mode and weight are of a second stage: give region"),
+        ({"asked": "together"}, "asked: got 'together', want one of alone, mixed"),
         ({"base": {"configs": ["conf/pmp_scene.yaml"]}}, "no configuration .*did you mean 'conf/pmp_scenes.yaml'"),
     ],
 )
@@ -129,6 +133,17 @@ def test_what_only_needs_is_run_too(tmp_path):
     assert str(tmp_path / "blind_0") + "/model" in found["region"].settings["fit"]
     assert found["region"].settings["score"] is None  # it may be anything that pmpseg.fit trains
     assert found["region"].needs == [tmp_path / "blind_0"] and found["mixed"].settings["model"] == "../region_0/model"
+
+
+def test_a_second_stage_is_a_part_of_the_same_seed_or_a_clip(tmp_path):
+    parts = {"depth_1": {"configs": ["conf/pmp_scenes.yaml"]}}
+    asked = {"own": {"region": "depth_1", "weight": 0.5}, "shipped": {"region": "tiny_clip", "mode": "pool"}}
+    ablation = Ablation.read(write(tmp_path, parts=parts, evaluate=asked, asked="mixed"))
+    found = {job.folder.name: job for job in runs.jobs(ablation, tmp_path, 2, {"own", "shipped", "pmp"})}
+    assert found["own_1"].settings["score"] == {"asked": "mixed", "region": "../depth_1_1/model", "weight": 0.5}
+    assert found["own_1"].needs == [tmp_path / "depth_1_1", tmp_path / "pmp_1"]
+    assert found["shipped_0"].settings["score"] == {"asked": "mixed", "region": "tiny_clip", "mode": "pool"}
+    assert found["shipped_0"].needs == [tmp_path / "pmp_0"] and found["pmp_0"].settings["score"] == {"asked": "mixed"}
 
 
 # ---- starting and stopping, with a job that trains nothing

@@ -44,14 +44,20 @@ def is_trained(folder: Path) -> bool:
 def score(folder: Path, model: Path, options: dict[str, Any], train_seconds: float | None = None) -> None:
     """Scores a model on its own data with seed 0, so that the scenes and phrases are the same for all seeds of training.
 
-    ``options``: ``data``, arguments of it that differ in scoring; the others are those of ``score_splits``.
+    ``options``: ``data``, arguments of it that differ in scoring; ``asked`` of ``score_splits``; ``region``, a region model's
+    folder or a CLIP, with its ``mode`` and ``weight``.
     """
     from pmpseg.ablation.scoring import Phrases, score_splits
     from pmpseg.ablation.table import write_rows
     from pmpseg.evaluate import build_data, own_data
+    from pmpseg.region_stage import RegionStage
     from pmpseg.segmenter import Segmenter
 
     segmenter = Segmenter.load(model)
+    if region := options.get("region"):
+        segmenter.region = RegionStage.load(folder / region if region.startswith("../") else region)
+        for name in options.keys() & {"mode", "weight"}:
+            setattr(segmenter.region.classifier, name, options[name])
     spec = own_data(segmenter.data, str(model))
     changed = {"seed": 0, "num_workers": 0, **options.get("data", {})}
     data = build_data(spec | {"init_args": (spec.get("init_args") or {}) | changed})
@@ -60,6 +66,8 @@ def score(folder: Path, model: Path, options: dict[str, Any], train_seconds: flo
     images = len(data.dataset("val")) + len(data.dataset("test"))
     numbers |= {"image_seconds": (time.process_time() - start) / images}
     numbers |= {"parameters": sum(p.numel() for p in segmenter.network.parameters())}
+    if segmenter.region:
+        numbers["parameters"] += sum(p.numel() for p in segmenter.region.classifier.parameters())
     if rows:
         write_rows(folder / "phrases.csv", rows)
         numbers |= Phrases(folder / "phrases.csv").numbers()

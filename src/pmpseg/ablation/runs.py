@@ -70,11 +70,14 @@ def _job(ablation: Ablation, out: Path, name: str, seed: int) -> Job:
     needs = [folders[other] for other in sorted(ablation.needs(name))]
     if given := ablation.evaluations.get(name):
         model = f"../{folders[given['model']].name}/model"
-        settings: dict[str, Any] = {"fit": None, "model": model, "score": {"asked": given["asked"]}}
+        score = {key: value for key, value in given.items() if key != "model"}
+        if (part := given.get("region")) in folders:
+            score["region"] = f"../{folders[part].name}/model"
+        settings: dict[str, Any] = {"fit": None, "model": model, "score": score}
     else:
         words = [_filled(word, folders) for word in ablation.trainings[name].arguments()]
         fit = [*words, "--seed_everything", str(seed), "--data.seed", str(seed), "--trainer.enable_progress_bar", "false"]
-        settings = {"fit": fit, "model": "model", "score": None if name in ablation.parts else {}}
+        settings = {"fit": fit, "model": "model", "score": None if name in ablation.parts else {"asked": ablation.asked}}
     return Job(name, seed, out / f"{name}_{seed}", settings, needs)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pmpseg.inference import answers, semantic_labels, soft_masks, upsample, with_synonyms
+from pmpseg.inference import answers, ask_one_by_one, ask_together, semantic_labels, soft_masks, upsample, with_synonyms
 from pmpseg.metrics import ConfusionMetrics
 
 ASKED = ("alone", "mixed")
@@ -65,7 +65,8 @@ def score_splits(segmenter: Any, data: Any, asked: str = "alone") -> tuple[list[
     """
     rows: list[dict[str, Any]] = []
     names, vocabulary = data.vocabulary.names, data.vocabulary
-    class_list = segmenter.text.encode(with_synonyms(names, vocabulary))
+    words = with_synonyms(names, vocabulary)
+    class_list = segmenter.text.encode(words)
     classes = ConfusionMetrics(
         len(vocabulary), unseen=vocabulary.unseen or None, groups=getattr(data, "class_groups", None) or None
     )
@@ -73,11 +74,13 @@ def score_splits(segmenter: Any, data: Any, asked: str = "alone") -> tuple[list[
         dataset = data.dataset(split)
         for index in tqdm(range(len(dataset)), desc=f"score {split}", unit="image"):
             item = dataset[index]
-            features = segmenter.network.encode(item["image"][None].float() / 255)
+            image = item["image"][None].float() / 255
+            features = segmenter.network.encode(image)
             if "prompt_masks" in item:
                 rows += [{"split": split, "scene": index, **row} for row in _phrases(segmenter, features, item, index, asked)]
             if split == "test":
-                prediction = segmenter.network.decode(features, class_list)
+                regions = segmenter.region.ask(image, words) if segmenter.region else None
+                prediction = ask_together(segmenter.network, features, class_list, regions)
                 classes.update(semantic_labels(prediction, *_sizes(item)), item["labels"][None])
     return rows, {k: float(v) for k, v in classes.compute().items() if v.numel() == 1 and not v.isnan()}
 
@@ -85,12 +88,16 @@ def score_splits(segmenter: Any, data: Any, asked: str = "alone") -> tuple[list[
 def _phrases(segmenter: Any, features: Any, item: dict[str, Any], index: int, how: str) -> list[dict[str, Any]]:
     # In any order: present ones come first in an item, and what "shuffled" reads depends on the place.
     asked = np.random.default_rng(index).permutation([k for k, phrase in enumerate(item["prompts"]) if phrase])
-    prompts = segmenter.text.encode([item["prompts"][k] for k in asked])
+    network, words = segmenter.network, [item["prompts"][k] for k in asked]
+    prompts = segmenter.text.encode(words)
+    regions = segmenter.region.ask(item["image"][None].float() / 255, words) if segmenter.region else None
     if how == "alone":
-        prediction = segmenter.network.decode(features.repeat(len(asked)), prompts.one_by_one())  # prompts as the batch
+        prediction = network.decode(features.repeat(len(asked)), prompts.one_by_one())  # prompts as the batch
+        named = ask_one_by_one(network, features, prompts, regions=regions) if regions else soft_masks(prediction)
     else:
-        prediction = segmenter.network.decode(features, prompts)
-    soft, scores = (x.flatten(0, 1) for x in soft_masks(prediction))  # (N, h, w) and (N,)
+        prediction = ask_together(network, features, prompts, regions)
+        named = soft_masks(prediction)
+    soft, scores = (x.flatten(0, 1) for x in named)  # (N, h, w) and (N,)
     sizes, truth = _sizes(item), item["prompt_masks"][asked]
     found = answers(upsample(soft[:, None], *sizes)[:, 0], scores) > 0
     proposals = upsample(prediction.mask_logits, *sizes) > 0  # (N or 1, Q, H, W)

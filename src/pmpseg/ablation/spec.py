@@ -7,7 +7,9 @@
     variants:                                 # each is trained: the base with these options changed
       blind: {model.prompt_attention: none}
     evaluate:                                 # each is a trained model, by default the base's, asked otherwise
-      asked together: {asked: mixed}          # keys: EVALUATION
+      together: {asked: mixed}                # or with a second stage: a part's, or a CLIP as it is
+      crop: {region: tiny_clip, mode: crop, weight: 0.5}
+    asked: alone                              # how phrases are asked where nothing else is said; or mixed: together
     groups:                                   # for reading the table: factor -> names
       attention: [blind]
 
@@ -27,10 +29,10 @@ from pmpseg.cli import did_you_mean
 from pmpseg.errors import InputError
 
 Options = dict[str, Any]
-KEYS = ("base_name", "base", "variants", "evaluate", "parts", "groups")
+KEYS = ("base_name", "base", "variants", "evaluate", "parts", "groups", "asked")
 RUN_KEYS = ("configs", "options")
-EVALUATION = ("model", "asked")  # whose model, and how its phrases are asked
-ASKED = ("alone", "mixed")
+EVALUATION = ("model", "asked", "region", "mode", "weight")  # whose model, how its phrases are asked, and a second stage
+ASKED, MODES = ("alone", "mixed"), ("crop", "pool")
 RESERVED = {"seed_everything", "data.seed", "trainer.default_root_dir", "ckpt_path"}  # which we set
 
 
@@ -60,6 +62,7 @@ class Ablation:
     parts: set[str]
     evaluations: dict[str, Options]
     groups: dict[str, list[str]] = field(default_factory=dict)
+    asked: str = "alone"
 
     @property
     def rows(self) -> list[str]:
@@ -71,7 +74,10 @@ class Ablation:
 
     def needs(self, name: str) -> set[str]:
         """The runs of the same seed that must be there before this one."""
-        return {self.evaluations[name]["model"]} if name in self.evaluations else self.trainings[name].needs()
+        if name in self.evaluations:
+            given = self.evaluations[name]
+            return {given["model"], given.get("region")} & self.trainings.keys()
+        return self.trainings[name].needs()
 
     @classmethod
     def read(cls, path: str | Path) -> "Ablation":
@@ -91,14 +97,17 @@ class Ablation:
             part = _mapping(given, RUN_KEYS, f"{path}: {name}")
             trainings[name] = Training(_configs(part, path), _options(part.get("options"), f"{path}: {name}.options"))
             parts.add(name)
+        usual = content.get("asked", "alone")
+        _one_of(usual, set(ASKED), f"{path}: asked")
         evaluations = {}
         for name, given in _entries(content, "evaluate", path):
-            asked = {"model": base_name, "asked": "alone"} | _mapping(given, EVALUATION, f"{path}: {name}")
+            asked = {"model": base_name, "asked": usual} | _mapping(given, EVALUATION, f"{path}: {name}")
             _one_of(asked["model"], set(trainings), f"{path}: {name}: model")
             _one_of(asked["asked"], set(ASKED), f"{path}: {name}: asked")
+            _check_region(asked, f"{path}: {name}")
             evaluations[name] = asked
         groups = {str(k): list(map(str, v or [])) for k, v in (content.get("groups") or {}).items()}
-        ablation = cls(path, base_name, trainings, parts, evaluations, groups)
+        ablation = cls(path, base_name, trainings, parts, evaluations, groups, usual)
         ablation._check_names(content)
         return ablation
 
@@ -170,6 +179,16 @@ def _configs(run: Mapping[str, Any], path: Path) -> list[Path]:
             raise InputError(f"{path}: no configuration {name!r}{did_you_mean(str(name), others)}")
         found.append(there[0].resolve())
     return found
+
+
+def _check_region(asked: Mapping[str, Any], where: str) -> None:
+    if "mode" in asked:
+        _one_of(asked["mode"], set(MODES), f"{where}: mode")
+    weight = asked.get("weight", 0.5)
+    if not isinstance(weight, int | float) or not 0 <= weight <= 1:
+        raise InputError(f"{where}: weight: got {weight!r}, want 0 (the first stage alone) to 1 (the region's CLIP alone)")
+    if "region" not in asked and asked.keys() & {"mode", "weight"}:
+        raise InputError(f"{where}: mode and weight are of a second stage: give region, the name of a part or a CLIP, too")
 
 
 def _one_of(name: Any, known: set[str], where: str) -> None:
