@@ -239,6 +239,13 @@ def test_an_interrupt_ends_all_processes(fake):
     assert not jobs[2].folder.exists()
 
 
+def test_two_commands_do_not_share_a_folder(tmp_path):
+    with ablate.alone(tmp_path), pytest.raises(InputError, match="another ablate is at work"), ablate.alone(tmp_path):
+        pass
+    with ablate.alone(tmp_path):  # afterwards it is free
+        pass
+
+
 def test_a_folder_of_other_settings_is_refused(fake):
     runs.run([fake("good")], 1)
     fake("good").check()

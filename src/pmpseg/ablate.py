@@ -5,11 +5,13 @@ What is done is skipped, what was begun is continued. Everything goes into ``run
 """
 
 import argparse
+import fcntl
 import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +50,10 @@ def main(args: Sequence[str] | None = None) -> int:
             job.check()
         built = build(ablation, names)
         out.mkdir(parents=True, exist_ok=True)
-        write()
-        failed = runs.run(jobs, options.parallel or len(os.sched_getaffinity(0)), write)
-        time_steps({name: one for name, one in built.items() if name not in ablation.parts}, out)
+        with alone(out):
+            write()
+            failed = runs.run(jobs, options.parallel or len(os.sched_getaffinity(0)), write)
+            time_steps({name: one for name, one in built.items() if name not in ablation.parts}, out)
     elif not out.is_dir():
         raise InputError(f"no runs in {out}: leave out --report, or give --out")
     write()
@@ -59,6 +62,17 @@ def main(args: Sequence[str] | None = None) -> int:
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
     return int(bool(failed))
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Two commands in one folder would train the same runs into each other."""
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"another ablate is at work in {out}: wait for it, or give another --out") from None
+        yield
 
 
 def chosen(ablation: Ablation, only: Sequence[str] | None) -> set[str]:
