@@ -47,7 +47,7 @@ def main() -> None:
         choose(args)
         return
     chosen = args.out / "chosen.json"
-    rates = json.loads(chosen.read_text()) if chosen.is_file() else {"lr": 3e-4, "prompt_lr": 2e-2}
+    rates = json.loads(chosen.read_text()) if chosen.is_file() else {"lr": 1e-3, "prompt_lr": 5e-2}  # as chosen once
     arms = TABLE if args.arms == "table" else DEPTHS
     rows: dict[str, list[dict[str, float]]] = {arm: [] for arm in arms}
     for seed, arm in product(range(args.seeds), arms):
