@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 # name: (file, what stands there, what is put there, tests)
 FAULTS = {
     "swapped axes of the position embedding": (
-        "models/query_decoder.py",
+        "models/attention.py",
         "torch.cat([y[:, None].expand(-1, width, -1), x[None].expand(height, -1, -1)], -1)",
         "torch.cat([x[:, None].expand(-1, height, -1), y[None].expand(width, -1, -1)], -1)",
         "test_pmp.py",
@@ -41,7 +41,21 @@ FAULTS = {
         "test_properties.py test_pmp.py",
     ),
     "upsampling aligns corners": ("inference.py", 'maps = F.interpolate(maps, padded, mode="bilinear", align_corners=False)', 'maps = F.interpolate(maps, padded, mode="bilinear", align_corners=True)', "test_pmp.py"),
-    "no object takes part in the class list": ("inference.py", "probabilities = prediction.probabilities()  # (B, Q, K)\n    masks = upsample", "probabilities = prediction.class_logits[..., :-1].softmax(-1)  # (B, Q, K)\n    masks = upsample", "test_pmp.py"),
+    "no object takes part in the class list": ("models/prompts.py", "return self.class_logits.softmax(-1)[..., :-1]", "return self.class_logits[..., :-1].softmax(-1)", "test_pmp.py"),
+    "Swin shifts before it pads": (
+        "models/swin.py",
+        "        x = F.pad(x, (0, 0, 0, -width % window[1], 0, -height % window[0]))\n        padded = x.shape[1:3]\n        mask = None\n        if any(shift):\n            x = x.roll((-shift[0], -shift[1]), (1, 2))\n",
+        "        x = x.roll((-shift[0], -shift[1]), (1, 2))\n        x = F.pad(x, (0, 0, 0, -width % window[1], 0, -height % window[0]))\n        padded = x.shape[1:3]\n        mask = None\n        if any(shift):\n",
+        "test_from_transformers.py",
+    ),
+    "the gate of what is read is half open": ("models/prompt_attention.py", "nn.Parameter(torch.zeros(dim)) if gated", "nn.Parameter(torch.full((dim,), 0.5)) if gated", "test_pmp.py test_from_transformers.py"),
+    "deformable points are half a pixel off": ("models/deformable.py", "* extent - 0.5", "* extent", "test_deformable.py"),
+    "the frame of zeros is left out of a gradient": ("models/deformable.py", "weight.flatten()[order]", "weight.flatten()", "test_deformable.py"),
+    "a query answers a prompt that it is not asked": ("losses.py", "cost.masked_fill(class_logits.gather(2, every) <= NOT_ASKED, 1e6)", "cost", "test_pmp.py"),
+    "masks as products of another image": ("losses.py", "masks[order.argsort()][:, None]", "masks[:, None]", "test_losses.py"),
+    "stuff counts as things": ("panoptic.py", "if label not in things:", "if label in things:", "test_panoptic.py"),
+    "regions without a pixel are named by the CLIP": ("models/region.py", "torch.where(valid[..., None], phat**weight, 1.0)", "phat**weight", "test_region.py"),
+    "patches that are cut are replaced, too": ("models/mask_prompts.py", ".ceil().flatten(1) > 0", ".floor().flatten(1) > 0", "test_mask_prompts.py"),
     "a threshold counts as above": ("metrics.py", "thresholds, out_int32=True)", "thresholds, out_int32=True, right=True)", "test_metrics.py"),
     "a continued run begins its epoch anew": ("data/base.py", "self.skip if epoch == self.first else 0", "0", "test_resume.py test_properties.py"),
     "every step draws the same": ("training/resume.py", "[self.seed, number, trainer.global_rank]", "[self.seed, 0, trainer.global_rank]", "test_resume.py"),
