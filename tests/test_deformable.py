@@ -50,6 +50,16 @@ def test_samples_are_those_of_a_loop(sample):
     torch.testing.assert_close(sample(*given, SIZES), loop(*given), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("sample", [sample_rows, sample_grids])
+def test_places_stay_exact_in_half_precision(sample):
+    """Only values and weights may be coarse: 8 bits of a place are half a pixel on a map of 128."""
+    value, x, y, weights = case()
+    found = sample(value.bfloat16(), x, y, weights.bfloat16(), SIZES)
+    assert found.dtype == torch.bfloat16
+    exact = sample(value.bfloat16().float(), x, y, weights.bfloat16().float(), SIZES)
+    torch.testing.assert_close(found.float(), exact, atol=1e-2, rtol=1e-2)
+
+
 def test_both_ways_have_one_gradient():
     gradients = []
     for sample in (sample_rows, sample_grids):

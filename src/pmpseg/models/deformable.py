@@ -139,13 +139,14 @@ class Bags(torch.autograd.Function):
 def sample_grids(value: Tensor, x: Tensor, y: Tensor, weights: Tensor, sizes: Sizes) -> Tensor:
     """The same as ``sample_rows``, by ``grid_sample`` a level."""
     batch, _, heads, width = value.shape
-    maps = value.permute(0, 2, 3, 1).flatten(0, 1).split([h * w for h, w in sizes], -1)  # L of (B * H, d, h * w)
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    maps = value.to(dtype).permute(0, 2, 3, 1).flatten(0, 1).split([h * w for h, w in sizes], -1)  # L of (B * H, d, h * w)
     mixed: Tensor | int = 0
     for level, (height, wide) in enumerate(sizes):
-        at = [(c[:, :, :, level] + 0.5) * (2 / length) - 1 for c, length in ((x, wide), (y, height))]
-        grid = torch.stack(at, -1).transpose(1, 2).flatten(0, 1).to(value.dtype)  # (B * H, M, P, 2)
+        at = [(c[:, :, :, level].to(dtype) + 0.5) * (2 / length) - 1 for c, length in ((x, wide), (y, height))]
+        grid = torch.stack(at, -1).transpose(1, 2).flatten(0, 1)  # (B * H, M, P, 2)
         here = F.grid_sample(maps[level].unflatten(-1, (height, wide)), grid, align_corners=False)  # (B * H, d, M, P)
-        weight = weights[:, :, :, level].transpose(1, 2).flatten(0, 1)[:, None]
+        weight = weights[:, :, :, level].to(dtype).transpose(1, 2).flatten(0, 1)[:, None]
         mixed = mixed + (here * weight).sum(-1)
     assert isinstance(mixed, Tensor)
-    return mixed.view(batch, heads * width, -1).transpose(1, 2)
+    return mixed.to(value.dtype).view(batch, heads * width, -1).transpose(1, 2)
