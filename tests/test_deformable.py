@@ -86,3 +86,11 @@ def test_the_first_look_goes_into_as_many_directions_as_there_are_heads():
     assert torch.equal(bias[:, 0], bias[:, 2])
     assert torch.allclose(bias.abs().amax(-1)[:, 0], torch.arange(1.0, 5.0).expand(8, 4))
     assert len({tuple(d) for d in bias[:, 0, 0].round(decimals=3).tolist()}) == 8
+
+
+@pytest.mark.parametrize("sample", [sample_rows, sample_grids])
+def test_what_is_not_a_number_comes_out_as_such_and_does_not_crash(sample):
+    value, x, y, weights = case()
+    x[0, 3], y[1, 4] = torch.nan, torch.inf
+    found = sample(value, x, y, weights, SIZES)
+    assert found[0, 3].isnan().all() and found[0, 4:].isfinite().all() and found[1, :4].isfinite().all()

@@ -372,6 +372,16 @@ def test_a_network_without_a_list_of_its_own_wants_prompts_and_options_are_check
             PMP(**TINY, **{option: value})
     with pytest.raises(ValueError, match="pixel_decoder: got 'unet', want one of fpn, fpn_light, deformable"):
         PMP(**TINY, pixel_decoder="unet")
+    with pytest.raises(ValueError, match=r"'shuffled' .* wants prompt_queries 'shared'"):
+        PMP(**TINY, prompt_attention="shuffled", prompt_queries="repeated")
+    for sizes, message in (
+        ({"dim": 2}, "dim: got 2, want a multiple of 4"),
+        ({"num_heads": 0}, r"of num_heads \(0\)"),
+        ({"encoder_layers": 0}, "encoder_layers: got 0, want 1 or more"),
+        ({"encoder_ffn_dim": -1}, "encoder_ffn_dim: got -1, want 1 or more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PMP(**TINY | {"pixel_decoder": "deformable"} | sizes)
     for layers in ([3], [-1], []):
         with pytest.raises(ValueError, match=r"prompt_layers: got .* want some of 0 to 2"):
             PMP(**TINY, prompt_layers=layers)

@@ -339,3 +339,8 @@ def test_panoptic_maps_have_the_images_size_and_name_their_segments(clip):
     assert not segmenter.panoptic(image, prompts, threshold=1.0)[0].any()
     with pytest.raises(InputError, match="things: got 'dog', want some of the prompts: grass, sky"):
         segmenter.panoptic(image, ["grass", "sky"], ["dog"])
+    assert segmenter.panoptic(image, "grass")[0].shape == (50, 70)  # one prompt, and not five letters
+    with pytest.raises(InputError, match=r"prompts: got .*, want a string or a list of strings"):
+        segmenter.panoptic(image, ["grass", 3])
+    with pytest.raises(InputError, match="overlap: got 2, want 0 to 1"):
+        segmenter.panoptic(image, ["grass"], overlap=2)

@@ -27,3 +27,20 @@ def test_few_prompts_are_off_and_on():
     valid = torch.ones(50, 6, dtype=torch.bool)
     assert torch.equal(keep_few(valid, valid, 0.0), valid)
     assert (keep_few(valid, valid, 1.0).sum(1) <= 3).all()
+
+
+def test_norms_biases_and_embeddings_do_not_decay():
+    from pmpseg.models import PMP
+    from pmpseg.training.pmp import parameter_groups
+
+    options = {"depths": [1, 1, 1, 1], "embed_dim": 12, "num_heads": [1, 1, 1, 1]}
+    backbone = {"name": "swin_tiny_patch4_window7_224", "options": options}
+    sizes = {"dim": 16, "num_heads": 4, "num_layers": 1, "text_dim": 8}
+    network = PMP(backbone=backbone["name"], backbone_config=backbone, pixel_decoder="deformable", **sizes)
+    names = {id(p): name for name, p in network.named_parameters()}
+    groups = parameter_groups(network, 1.0, 0.1, 0.05)
+    decayed = {names[id(p)] for group in groups if group["weight_decay"] for p in group["params"]}
+    spared = ("bias", "norm", "table", "embedding", "query_position")
+    assert not [name for name in decayed if any(part in name for part in spared)]
+    assert any("attn.qkv.weight" in name for name in decayed) and "query_decoder.name_head.0.weight" in decayed
+    assert {group["lr"] for group in groups} == {1.0, 0.1}

@@ -80,9 +80,14 @@ class SetLoss(nn.Module):
         total_weight, total_masks = mean_over_ranks(torch.stack([weight.sum(), present.sum().float()]))
         parts = {"class": named.sum() / total_weight * len(layers)}
 
-        chosen, truth = mask_logits.of(row, query), within(masks[image, prompt, None], known[image])  # (N, 1, ...)
+        chosen = mask_logits.of(row, query)  # (N, 1, h, w)
         points = self.sample_points(chosen)
-        logits, truth, inside = (sample(x, points)[:, 0] for x in (chosen, truth, known[image]))  # (N, P)
+        logits, truth, inside = sample(chosen, points)[:, 0], torch.empty_like(points[..., 0]), torch.empty_like(points[..., 0])
+        for layer in range(len(layers)):  # one at a time, since whole masks are large
+            at = row // batch == layer
+            there = known[image[at]]
+            inside[at] = sample(there, points[at])[:, 0]
+            truth[at] = sample(within(masks[image[at], prompt[at], None], there), points[at])[:, 0]
         truth = truth / inside.clamp(min=1e-6)  # the share of what is known
         bce = F.binary_cross_entropy_with_logits(logits, truth, reduction="none") * inside
         parts["mask"] = (bce.sum(1) / inside.sum(1).clamp(min=1)).sum() / total_masks.clamp(min=1)
@@ -155,8 +160,8 @@ class Masks:
 
 
 class Products:
-    """The same from their factors: bilinear values are linear, so that features are sampled once instead of every mask, and only
-    the masks that are matched are ever made, or have a gradient.
+    """The same from their factors: bilinear values are linear, so that features are sampled once instead of every mask, and the
+    only whole masks that are made, and have a gradient, are those that are matched.
     """
 
     def __init__(self, factors: MaskFactors) -> None:

@@ -29,6 +29,9 @@ from .images import read_image
 from .inference import Size, answers, ask_one_by_one, ask_together, semantic_labels, soft_masks, upsample, with_synonyms
 from .models.clip import TextEncoder
 from .models.pmp import PMP
+from .models.prompts import Prompts
+from .models.query_decoder import Features
+from .models.region import Regions
 from .models.weights import load_state
 from .panoptic import Segment, panoptic
 from .region_stage import RegionStage
@@ -164,18 +167,11 @@ class Segmenter:
         (default: the model's own). ``together`` asks them as one list of classes, of which every pixel gets the best: faster,
         and right for a data set's class list. The name of a class of ``vocabulary`` stands for all of its synonyms.
         """
-        if not isinstance(prompts, str | Sequence) or not all(isinstance(prompt, str) for prompt in prompts):
-            raise InputError(f"prompts: got {prompts!r:.80}, want a string or a list of strings")
         if threshold is not None and not 0 <= threshold < 1:
             raise InputError(f"threshold: got {threshold}, want 0 to below 1, or None for the model's own")
-        picture = read_image(image)
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        words = with_synonyms(prompts, self.vocabulary)
-        encoded = self.text.encode(words)
-        tensor = working_image(picture, self.image_size).to(self.device)
+        prompts = _list_of_strings("prompts", prompts)
+        picture, tensor, features, encoded, regions = self._asked(image, prompts)
         image_size, size = (tensor.shape[-2], tensor.shape[-1]), (picture.height, picture.width)
-        features = self.network.encode(tensor)
-        regions = None if self.region is None else self.region.ask(tensor, words)
         labels = None
         if together:
             prediction = ask_together(self.network, features, encoded, regions)
@@ -185,6 +181,16 @@ class Segmenter:
             soft, scores = ask_one_by_one(self.network, features, encoded, regions=regions)
         threshold = self.threshold if threshold is None else threshold
         return Segmentation(picture, prompts, scores[0].cpu().numpy(), soft[0].cpu(), threshold, image_size, labels)
+
+    def _asked(
+        self, image: "str | Path | Image.Image | np.ndarray", prompts: list[str]
+    ) -> tuple[Image.Image, Tensor, Features, Prompts, Regions | None]:
+        """The picture, as the network sees it, what it sees in it, and what both stages are asked."""
+        picture, words = read_image(image), with_synonyms(prompts, self.vocabulary)
+        encoded = self.text.encode(words)
+        tensor = working_image(picture, self.image_size).to(self.device)
+        regions = None if self.region is None else self.region.ask(tensor, words)
+        return picture, tensor, self.network.encode(tensor), encoded, regions
 
     @torch.inference_mode()
     def panoptic(
@@ -200,12 +206,14 @@ class Segmenter:
         The prompts are asked together. ``things`` are those whose instances stay apart; each of the others is one segment.
         ``threshold`` and ``overlap`` as in ``pmpseg.panoptic.panoptic``.
         """
+        prompts, things = _list_of_strings("prompts", prompts), _list_of_strings("things", things)
         if strange := [thing for thing in things if thing not in prompts]:
             raise InputError(f"things: got {strange[0]!r}, want some of the prompts: {', '.join(prompts)}")
-        picture, words = read_image(image), with_synonyms(prompts, self.vocabulary)
-        tensor = working_image(picture, self.image_size).to(self.device)
-        regions = None if self.region is None else self.region.ask(tensor, words)
-        prediction = ask_together(self.network, self.network.encode(tensor), self.text.encode(words), regions)
+        for name, value in (("threshold", threshold), ("overlap", overlap)):
+            if not 0 <= value <= 1:
+                raise InputError(f"{name}: got {value}, want 0 to 1")
+        picture, tensor, features, encoded, regions = self._asked(image, prompts)
+        prediction = ask_together(self.network, features, encoded, regions)
         apart = {i for i, prompt in enumerate(prompts) if prompt in things}
         image_size, size = (tensor.shape[-2], tensor.shape[-1]), (picture.height, picture.width)
         (answer,) = panoptic(prediction, image_size, size, apart, threshold, overlap)
@@ -272,6 +280,12 @@ class Segmenter:
         data, source = config.get("data"), tower and tower["name"]
         region = RegionStage.read(folder / "region", shared=text) if (folder / "region").exists() else None
         return cls(network, text, vocabulary, config["image_size"], config["threshold"], data, source, region).to(device)
+
+
+def _list_of_strings(name: str, given: Sequence[str] | str) -> list[str]:
+    if not isinstance(given, str | Sequence) or not all(isinstance(one, str) for one in given):
+        raise InputError(f"{name}: got {given!r:.80}, want a string or a list of strings")
+    return [given] if isinstance(given, str) else list(given)
 
 
 def working_image(image: Image.Image, short_side: int) -> Tensor:

@@ -97,7 +97,8 @@ def sample_rows(value: Tensor, x: Tensor, y: Tensor, weights: Tensor, sizes: Siz
     # Rows of the table are (image, place, head); the frame is row and column -1. Whole numbers, exact in float32 up to 2^24.
     stride = [(w + 2) * heads for _, w in sizes]
     origin = [s * heads + step + heads for s, step in zip(start, stride, strict=True)]
-    first = (top * per_point(stride, dtype) + left * heads + per_point(origin)).to(torch.int32)
+    first = top * per_point(stride, dtype) + left * heads + per_point(origin)
+    first = first.nan_to_num().to(torch.int32)  # a NaN reaches the answer by its weight
     image = torch.arange(batch, device=device, dtype=torch.int32) * (table.shape[1] * heads)
     first += image[:, None, None, None] + torch.arange(heads, device=device, dtype=torch.int32)[:, None]
     steps = [[0] * len(stride), [heads] * len(stride), stride, [step + heads for step in stride]]

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from .backbone import build_backbone, pad_to
 from .pixel_decoder import build_pixel_decoder
 from .prompts import Prediction, Prompts, as_prompts
-from .query_decoder import Features, QueryDecoder
+from .query_decoder import Features, QueryDecoder, check_sizes
 
 MASK_STRIDE = 4  # of mask features and mask logits
 
@@ -71,6 +71,7 @@ class PMP(nn.Module):
         self.backbone = build_backbone(
             backbone, backbone_weights, backbone_config, mean=backbone_mean, std=backbone_std, frozen=backbone_frozen
         )
+        check_sizes(dim, num_heads, encoder_layers=encoder_layers, encoder_ffn_dim=encoder_ffn_dim)
         channels = list(self.backbone.channels)
         self.pixel_decoder = build_pixel_decoder(pixel_decoder, channels, dim, num_heads, encoder_layers, encoder_ffn_dim)
         # What a plain decoder's queries look at.
@@ -108,7 +109,8 @@ class PMP(nn.Module):
 
         With ``prompts=None`` it answers as the original does. ``prompt_options``: ``QueryDecoder``'s ``prompt_*``, ``named_by``
         and ``mask_pooling``; with the default gate the masks of any prompts are the original's at first, bit for bit. Raises
-        InputError for another model, or for a setting of it that has no counterpart here.
+        InputError for another model, or for a setting of it that has no counterpart here; only dropout, which MaskFormer's
+        decoder has in training, is left out without a word.
         """
         from .from_transformers import convert
 

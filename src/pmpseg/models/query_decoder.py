@@ -68,7 +68,8 @@ class QueryDecoder(nn.Module):
     look at the image is blind; or ``after_image``, where a query knows what it has just seen; or ``after_self``.
     ``prompt_direction``: queries ``read`` prompts; in ``both`` prompts read queries as well, for the next layers.
     ``prompt_gate``: ``zero`` starts exactly as the decoder without prompts. ``prompt_layers``: which of the layers; None for all.
-    ``prompt_queries``: ``shared`` by all prompts, or ``repeated``: each prompt is decoded alone, with its own copy of them.
+    ``prompt_queries``: ``shared`` by all prompts, or ``repeated``: each prompt is decoded alone, with its own copy of them; time
+    and memory grow with the number of prompts, padding included.
 
     ``named_by``: the ``query``, as in Mask2Former; the image features under its ``mask``; or ``both``, as in FC-CLIP. A query
     that has read a prompt can repeat it whatever is there; what is under the mask cannot. ``mask_pooling``: the mean weighted
@@ -98,15 +99,13 @@ class QueryDecoder(nn.Module):
         num_classes: int | None = None,
     ) -> None:
         super().__init__()
-        if dim < 4 or num_heads < 1 or dim % 4 or dim % num_heads:
-            raise InputError(f"dim: got {dim}, want a multiple of 4 and of num_heads ({num_heads})")
-        for name, value in (("num_queries", num_queries), ("num_layers", num_layers), ("ffn_dim", ffn_dim)):
-            if value < 1:
-                raise InputError(f"{name}: got {value}, want 1 or more")
+        check_sizes(dim, num_heads, num_queries=num_queries, num_layers=num_layers, ffn_dim=ffn_dim)
         given = locals()
         for name, known in CHOICES.items():
             if given[name] not in known:
                 raise InputError(f"{name}: got {given[name]!r}, want one of {', '.join(known)}")
+        if prompt_attention == "shuffled" and prompt_queries == "repeated":
+            raise InputError("prompt_attention 'shuffled' reads another image's prompts: it wants prompt_queries 'shared'")
         self.masked, self.named_by, self.mask_pooling = decoder == "masked", named_by, mask_pooling
         self.repeated = prompt_queries == "repeated" and prompt_attention != "none"
         reading = _reading(prompt_layers, num_layers) if prompt_attention != "none" else []
@@ -135,9 +134,11 @@ class QueryDecoder(nn.Module):
         self.pixel_head = nn.Conv2d(dim, text_dim, 1) if pixel_head else None
         self.pixel_bias = nn.Parameter(torch.tensor(-2.0)) if pixel_head else None
 
-    def forward(self, features: Features, prompts: Prompts | None, aux: bool | None = None) -> Prediction:
+    def forward(
+        self, features: Features, prompts: Prompts | None, aux: bool | None = None, name_pixels: bool = True
+    ) -> Prediction:
         """``prompts`` None: class logits over the closed list, nothing guides. ``aux``: also answer for every earlier layer, by
-        default in training only, which is where they are needed.
+        default in training only, which is where they are needed. ``name_pixels``: with the pixel head, if there is one.
         """
         if prompts is not None and self.repeated and prompts.valid.shape[1] > 1:
             return self._decode_repeated(features, prompts, aux)
@@ -164,12 +165,13 @@ class QueryDecoder(nn.Module):
         outputs.append(self._predict(query, features, prompts, names))
         (*earlier, (masks, classes)), embeddings = [o[:2] for o in outputs], [o[2] for o in outputs]
         factors = MaskFactors(torch.stack(embeddings), features.mask_features)
-        return Prediction(masks, classes, earlier, self._name_pixels(features.mask_features, names), factors)
+        pixels = self._name_pixels(features.mask_features, names) if name_pixels else None
+        return Prediction(masks, classes, earlier, pixels, factors)
 
     def _decode_repeated(self, features: Features, prompts: Prompts, aux: bool | None) -> Prediction:
         """Every prompt alone, with its own copy of the queries: (B, K * Q) queries, each of which is asked one prompt."""
         batch, count = prompts.valid.shape
-        single = self(features.repeat(count), prompts.one_by_one(), aux)
+        single = self(features.repeat(count), prompts.one_by_one(), aux, name_pixels=False)
         own = torch.eye(count, dtype=torch.bool, device=prompts.valid.device)[:, None]  # (K, 1, K)
 
         def merge(masks: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
@@ -281,6 +283,15 @@ class DecoderLayer(nn.Module):
         if self.guide is None or text is None or place != self.prompt_place:
             return query, text
         return self.guide(query, query_position, text)
+
+
+def check_sizes(dim: int, num_heads: int, **counts: int) -> None:
+    """Raises InputError for a width that does not fit the heads, or a count (by its argument's name) below 1."""
+    if dim < 4 or num_heads < 1 or dim % 4 or dim % num_heads:
+        raise InputError(f"dim: got {dim}, want a multiple of 4 and of num_heads ({num_heads})")
+    for name, value in counts.items():
+        if value < 1:
+            raise InputError(f"{name}: got {value}, want 1 or more")
 
 
 def _reading(prompt_layers: Sequence[int] | None, num_layers: int) -> list[int]:

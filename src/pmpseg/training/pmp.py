@@ -18,6 +18,9 @@ from pmpseg.models.backbone import pad_to
 from pmpseg.models.clip import TextEncoder
 from pmpseg.models.pmp import PMP
 
+# Parameters that are tables of embeddings, by a part of their names.
+EMBEDDINGS = ("query_decoder.query", "level_embedding", "relative_position_bias_table")
+
 
 class PMPModule(LightningModule):
     """PMP with its frozen text side, its loss and its metrics. What the classes are comes from the data module.
@@ -227,7 +230,7 @@ def parameter_groups(network: PMP, lr: float, backbone_lr_factor: float, weight_
     groups: dict[tuple[bool, bool], list[Tensor]] = {}
     for name, p in network.named_parameters():
         if p.requires_grad:
-            plain = p.ndim < 2 or id(p) in embeddings or name.startswith("query_decoder.query")
+            plain = p.ndim < 2 or id(p) in embeddings or any(part in name for part in EMBEDDINGS)
             groups.setdefault((id(p) in pretrained, plain), []).append(p)
     return [
         {"params": params, "lr": lr * (backbone_lr_factor if old else 1), "weight_decay": 0.0 if plain else weight_decay}
