@@ -247,6 +247,20 @@ def test_asked_together_is_the_ensemble(clip, options):
     assert ask_together(segmenter.network, features, prompts).fused is None
 
 
+def test_a_list_of_one_meets_the_contrast(clip):
+    """A softmax over a single name is 1 whatever the region shows, and with weight 1 would be the score of all of them."""
+    own, segmenter = stage(clip, weight=1.0), make_segmenter(clip)
+    image, prompts = torch.rand(2, 3, 64, 96), segmenter.text.encode(["grass"])
+    with torch.no_grad():
+        features = segmenter.network.encode(image)
+        found = ask_together(segmenter.network, features, prompts, own.ask(image, ["grass"])).fused
+        masks = upsample(segmenter.network.decode(features, prompts).mask_logits.sigmoid(), (64, 96))
+        regions, valid = own.classifier.embed(image, masks)
+        phat = (100 * regions @ own.text.encode(["grass", "others", "a cat"]).pooled[0].T).softmax(-1)[..., :1]
+    assert valid.any() and found.shape == phat.shape and (found[valid] < 0.999).all()
+    torch.testing.assert_close(found, phat * valid[..., None], atol=1e-5, rtol=1e-4)
+
+
 def test_asked_alone_each_prompt_meets_the_contrast(clip):
     own, segmenter = stage(clip), make_segmenter(clip)
     image, words = torch.rand(2, 3, 64, 96), ["grass", "red circle"]
