@@ -120,7 +120,7 @@ def test_each_way_of_tuning_changes_its_own_part(runs, clip):
     assert weights_of(RegionStage.load(runs["all"]))["prompts.tokens"].shape[0] == 0
 
 
-def module_in_use(clip, tune: str, steps: int, **options) -> tuple[RegionModule, list[dict[str, torch.Tensor]]]:
+def module_in_use(clip, tune: str, steps: int, callbacks=(), **options) -> tuple[RegionModule, list[dict[str, torch.Tensor]]]:
     """A module that has taken some steps, and its parameters before each."""
     from lightning import Callback, Trainer
 
@@ -134,12 +134,11 @@ def module_in_use(clip, tune: str, steps: int, **options) -> tuple[RegionModule,
             self.on_train_batch_start(trainer, pl_module)
 
     torch.manual_seed(0)
-    module = RegionModule(str(clip), tune=tune, mask_prompt_depth=2, lr=1e-3, warmup_steps=1, **options)
+    module = RegionModule(str(clip), **({"tune": tune, "mask_prompt_depth": 2, "lr": 1e-3, "warmup_steps": 1} | options))
     data = SceneRegions(train_length=20, val_length=2, regions=2, batch_size=2, num_workers=0)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = Trainer(
-        max_steps=steps, accelerator="cpu", limit_val_batches=0, callbacks=[Watch()], use_distributed_sampler=False, **quiet
-    )
+    quiet |= {"limit_val_batches": 0, "use_distributed_sampler": False}
+    trainer = Trainer(max_steps=steps, accelerator="cpu", callbacks=[Watch(), *callbacks], **quiet)
     trainer.fit(module, datamodule=data)
     return module, states
 
@@ -182,6 +181,29 @@ def test_prompts_that_have_not_begun_are_not_saved(clip):
 def test_the_scale_stays_in_its_bounds(clip):
     module, _ = module_in_use(clip, "prompts", 2, scale=100.0, prompt_lr=5.0)
     assert 0 <= module.log_scale.item() <= math.log(100) + 1e-6
+
+
+@pytest.mark.parametrize(("tune", "began"), [("prompts", [True, True]), ("all_then_prompts", [False, True])])
+def test_what_a_checkpoint_is_made_of_is_as_the_next_step_finds_it(clip, tune, began):
+    """Checkpoints are saved by callbacks, whose hooks at a batch's end come before the module's."""
+    from lightning import Callback
+
+    saved, found = [], []
+
+    def state(module) -> tuple[bool, float]:
+        return bool(module.prompts_began), module.log_scale.item()
+
+    class Save(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            saved.append(state(pl_module))
+
+        def on_train_batch_start(self, trainer, pl_module, *_):
+            found.append(state(pl_module))
+
+    # Rates that take the scale past a bound at once, wherever its gradient points.
+    module, _ = module_in_use(clip, tune, 2, [Save()], scale=100.0, prompt_lr=9.0, **({} if tune == "prompts" else {"lr": 9.0}))
+    assert saved == [*found[1:], state(module)] and [b for b, _ in saved] == began
+    assert all(s == 0 or s == pytest.approx(math.log(100)) for _, s in saved[:1])
 
 
 def test_matrices_decay_and_the_rest_does_not(clip):

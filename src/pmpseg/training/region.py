@@ -136,8 +136,11 @@ class RegionModule(LightningModule):
         for p in still.parameters():
             p.grad = None
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.prompts_began.fill_(self.global_step > self.stage_steps["prompts"][0])  # of the weights as they are now
+    def optimizer_step(self, *args: Any) -> None:
+        """With the step what belongs to it: callbacks that save a checkpoint at the batch's end come before the module's hook."""
+        prompted = self.prompted
+        super().optimizer_step(*args)
+        self.prompts_began.fill_(prompted)  # of the weights as they are now
         with torch.no_grad():
             self.log_scale.clamp_(0, math.log(LARGEST_SCALE))
 
