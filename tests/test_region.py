@@ -16,7 +16,7 @@ from pmpseg.evaluation import Evaluator
 from pmpseg.inference import ask_one_by_one, ask_together, semantic_labels, soft_masks, upsample
 from pmpseg.models import PMP, Prediction, Prompts, TextEncoder
 from pmpseg.models.prompts import NOT_ASKED
-from pmpseg.models.region import RegionClassifier, boxes_of, ensemble
+from pmpseg.models.region import RegionClassifier, boxes_of, cosines, ensemble
 from pmpseg.region_stage import RegionStage
 from pmpseg.vocabulary import Vocabulary
 
@@ -104,6 +104,24 @@ def test_logits_are_cosines_times_the_temperature(clip):
     assert logits.shape == (2, 4, 5) and not logits[~valid].any() and valid.sum() == 6
     wanted = 50 * F.cosine_similarity(regions[:, :, None], names[:, None], dim=-1)
     torch.testing.assert_close(logits, wanted * valid[..., None], atol=1e-4, rtol=1e-4)
+
+
+def test_cosines_keep_their_bits_under_autocast(clip):
+    """Two names a thousandth apart, as an open vocabulary has many: bfloat16 could not order them."""
+    rng = torch.Generator().manual_seed(0)
+    regions = F.normalize(torch.randn(2, 50, 24, generator=rng), dim=-1)
+    names = F.normalize(torch.randn(2, 7, 24, generator=rng), dim=-1)
+    wanted = (regions.double()[:, :, None] * names.double()[:, None]).sum(-1)
+    image, masks = inputs()
+    classifier = RegionClassifier(clip)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = cosines(regions, names)
+        embedded, valid = classifier.embed(image, masks)
+        logits, _ = classifier(image, masks, names)
+    assert found.dtype == logits.dtype == torch.float32
+    torch.testing.assert_close(found.double(), wanted, atol=1e-6, rtol=0)
+    by_hand = 100 * (embedded.double()[:, :, None] * names.double()[:, None]).sum(-1)
+    torch.testing.assert_close(logits[valid].double(), by_hand[valid], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("depth", [0, 2])

@@ -57,6 +57,13 @@ def test_the_loss_by_loop(ignored):
     assert found.item() == pytest.approx(total / 12, rel=1e-4)
 
 
+def test_the_loss_keeps_its_bits_under_autocast():
+    regions, names = units(0), units(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = contrastive_loss(regions, names, 100.0)
+    assert found.item() == pytest.approx(contrastive_loss(regions, names, 100.0).item(), rel=1e-6)
+
+
 def test_repeated_nouns_alone_make_the_difference():
     regions, names = units(0), units(1)
     assert torch.equal(contrastive_loss(regions, names, 9.0), contrastive_loss(regions, names, 9.0, torch.arange(6)))
@@ -155,6 +162,35 @@ def test_one_stage_after_the_other(clip):
     optimizer = module.optimizers(use_pl_optimizer=False)
     taken = {name: int(optimizer.state[p]["step"]) for name, p in module.named_parameters() if p.requires_grad}
     assert taken.pop("log_scale") == 6 and set(taken.values()) == {3}  # no trace of the other stage in Adam's moments
+
+
+def test_no_gradient_is_computed_that_is_not_used(clip):
+    """In the prompts' stage those of the image side would be thrown away."""
+    from lightning import Callback
+
+    reached = []
+
+    class Look(Callback):
+        def on_after_backward(self, trainer, pl_module):
+            reached.append({name.split(".")[1] for name, p in pl_module.named_parameters() if "." in name and p.grad is not None})
+
+    module, _ = module_in_use(clip, "all_then_prompts", 2, [Look()])
+    assert reached == [{"vision"}, {"prompts"}]
+    assert all(p.requires_grad for p in module.classifier.parameters())  # and a checkpoint has them all
+
+
+def test_validation_leaves_out_prompts_that_have_not_begun(clip):
+    module, _ = module_in_use(clip, "all_then_prompts", 1, all_share=0.9)
+    batch = next(iter(SceneRegions(val_length=2, regions=2, num_workers=0).val_dataloader()))
+    plain, own = RegionAccuracy(module.accuracy.vocabulary), []
+    with torch.no_grad():
+        module.classifier.prompts.tokens.fill_(math.nan)
+    inner = module.classifier.embed_crops
+    module.classifier.embed_crops = lambda *args: own.append(inner(*args)) or own[-1]
+    module.validation_step(batch, 0)
+    assert own and all(x.isfinite().all() for x in own)
+    plain.update(module.region_stage().classifier, module.text, batch)
+    assert torch.equal(module.accuracy.right, plain.right) and module.accuracy.total.sum() > 0
 
 
 def test_the_second_stage_is_that_of_a_run_of_its_own(clip, tmp_path):

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from .errors import InputError
 from .hub import FORMAT, shipped_or
 from .models.clip import TextEncoder
-from .models.region import RegionClassifier, Regions
+from .models.region import RegionClassifier, Regions, cosines
 from .models.weights import load_state
 
 ARCHITECTURE = "RegionClassifier"
@@ -51,8 +51,8 @@ class RegionStage(nn.Module):
         ``image`` (3, H, W); ``masks`` (Q, H, W), probabilities. Where no mask is a region, the indices are -1.
         """
         regions, valid = self.classifier.embed(image[None], masks[None])
-        cosines = F.normalize(self.text.encode(nouns).pooled[0], dim=-1) @ regions[0].T  # (N, Q)
-        best, index = cosines.masked_fill(~valid, -torch.inf).max(1)
+        likeness = cosines(F.normalize(self.text.encode(nouns).pooled[0], dim=-1), regions[0])  # (N, Q)
+        best, index = likeness.masked_fill(~valid, -torch.inf).max(1)
         return best, index.where(best.isfinite(), -1)
 
     # ---- files
