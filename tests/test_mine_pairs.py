@@ -150,14 +150,14 @@ def test_other_captions_under_the_same_name_are_not_a_continuation(origin, whole
     for image in content["images"]:
         image["file_name"] = image["file_name"].replace("0.png", "zero.png")
     captions.write_text(json.dumps(content))
-    with pytest.raises(InputError, match="has pairs of 0.png, which is not in the captions") as caught:
+    with pytest.raises(InputError, match=r"has pairs of 0\.png, which is not in the captions") as caught:
         mine(origin, out, captions=captions)
     assert "\n" not in str(caught.value) and part.read_bytes() == before and not out.exists()
 
 
 @pytest.mark.parametrize("template", ["a photo", "{} and {}"])
 def test_a_template_holds_the_noun_once(origin, tmp_path, template):
-    with pytest.raises(InputError, match="--templates: got .*want texts with one '{}' each") as caught:
+    with pytest.raises(InputError, match=r"--templates: got .*want texts with one '\{\}' each") as caught:
         mine(origin, tmp_path / "pairs.csv", "--templates", "a {}", template)
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 

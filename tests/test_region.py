@@ -439,6 +439,44 @@ def test_broken_region_folders(clip, tmp_path):
         RegionStage.load(folder)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text": {}}, "config.json: text: got {}, want null, or a list of templates"),
+        ({"text": 5}, "config.json: text: got 5"),
+        ({"text": {"templates": [1], "normalize": True}}, r"config.json: text: got {'templates': \[1\]"),
+        ({"text": {"templates": ["a photo"], "normalize": True}}, "got templates"),
+        ({"contrast": 5}, "contrast: got 5, want a list"),
+        ({"contrast": [1]}, r"contrast: got \[1\], want a list"),
+        ({"contrast": []}, r"contrast: got \[\], want a list"),
+        ({"contrast": "others"}, "contrast: got 'others', want a list"),
+        ({"contrast": [" "]}, r"contrast: got \[' '\], want a list"),
+        ({"network": 5}, "config.json: 'network' does not describe a region model"),
+        ({"network": {"weight": 9}}, "config.json: weight: got 9"),
+        ({"network": {"weight": "a"}}, "config.json: 'network' does not describe a region model"),
+        ({"vision": {"hidden_size": 131}}, r"config.json: 'network' does not describe a region model .*131"),
+        ({"vision": {"hidden_size": "wide"}}, "config.json: 'network' does not describe a region model"),
+        ({"vision": {"patch_size": 0}}, "config.json: 'network' does not describe a region model"),
+        ({"vision": 5}, "config.json: 'network' does not describe a region model"),
+    ],
+)
+def test_broken_configs_are_one_line(clip, tmp_path, change, message):
+    folder = stage(clip).save(tmp_path / "region")
+    config = json.loads((folder / "config.json").read_text())
+    network = config["network"]
+    if "vision" in change:
+        vision = change["vision"]
+        own = network["clip_config"]
+        changed = own | {"vision": own["vision"] | vision if isinstance(vision, dict) else vision}
+        change = {"network": network | {"clip_config": changed}}
+    elif isinstance(change.get("network"), dict):
+        change = {"network": network | change["network"]}
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(InputError, match=message) as caught:
+        RegionStage.load(folder)
+    assert "\n" not in str(caught.value)
+
+
 def test_prompts_that_are_padding_get_nothing(clip):
     own, segmenter = stage(clip), make_segmenter(clip)
     one = segmenter.text.encode(["grass", "square"])
