@@ -92,6 +92,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.captions_per_image < 1 or args.image_size < 1 or not 0 < args.mask_threshold < 1:
         raise InputError("--captions-per-image and --image-size want 1 or more, --mask-threshold above 0 to below 1")
+    if wrong := [template for template in args.templates if template.count("{}") != 1]:
+        raise InputError(f"--templates: got {wrong[0]!r}, want texts with one '{{}}' each, where the noun goes")
     return args
 
 
@@ -129,6 +131,10 @@ def resume(part: Path, out: Path, settings: dict[str, Any], names: list[str]) ->
             raise InputError(f"{was}: ask for the same, or give another --out")
         with part.open(newline="", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if not broken(row)]
+        known = set(names)
+        if gone := [row["image"] for row in rows if row["image"] not in known]:
+            was = f"{part} has pairs of {gone[0]}, which is not in the captions"
+            raise InputError(f"{was}: they have changed, so restore them, give another --out, or remove the file to mine anew")
     else:
         out.parent.mkdir(parents=True, exist_ok=True)
         with cli.whole_file(kept) as temporary:

@@ -140,6 +140,28 @@ def test_another_question_is_not_a_continuation(origin, tmp_path):
         mine(origin, tmp_path / "pairs.csv")
 
 
+def test_other_captions_under_the_same_name_are_not_a_continuation(origin, whole, tmp_path):
+    captions = tmp_path / "captions.json"
+    captions.write_text((origin / "captions.json").read_text())
+    out, part = tmp_path / "pairs.csv", tmp_path / "pairs.part.csv"
+    mine(origin, out, captions=captions).rename(part)  # as if killed at the end
+    before = part.read_bytes()
+    content = json.loads(captions.read_text())
+    for image in content["images"]:
+        image["file_name"] = image["file_name"].replace("0.png", "zero.png")
+    captions.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"has pairs of 0\.png, which is not in the captions") as caught:
+        mine(origin, out, captions=captions)
+    assert "\n" not in str(caught.value) and part.read_bytes() == before and not out.exists()
+
+
+@pytest.mark.parametrize("template", ["a photo", "{} and {}"])
+def test_a_template_holds_the_noun_once(origin, tmp_path, template):
+    with pytest.raises(InputError, match=r"--templates: got .*want texts with one '\{\}' each") as caught:
+        mine(origin, tmp_path / "pairs.csv", "--templates", "a {}", template)
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
 def test_what_is_done_is_kept(origin, whole):
     before = whole.read_bytes()
     with pytest.raises(InputError, match="is done: give another name"):

@@ -16,7 +16,7 @@ from pmpseg.evaluation import Evaluator
 from pmpseg.inference import ask_one_by_one, ask_together, semantic_labels, soft_masks, upsample
 from pmpseg.models import PMP, Prediction, Prompts, TextEncoder
 from pmpseg.models.prompts import NOT_ASKED
-from pmpseg.models.region import RegionClassifier, boxes_of, ensemble
+from pmpseg.models.region import RegionClassifier, boxes_of, cosines, ensemble
 from pmpseg.region_stage import RegionStage
 from pmpseg.vocabulary import Vocabulary
 
@@ -104,6 +104,24 @@ def test_logits_are_cosines_times_the_temperature(clip):
     assert logits.shape == (2, 4, 5) and not logits[~valid].any() and valid.sum() == 6
     wanted = 50 * F.cosine_similarity(regions[:, :, None], names[:, None], dim=-1)
     torch.testing.assert_close(logits, wanted * valid[..., None], atol=1e-4, rtol=1e-4)
+
+
+def test_cosines_keep_their_bits_under_autocast(clip):
+    """Two names a thousandth apart, as an open vocabulary has many: bfloat16 could not order them."""
+    rng = torch.Generator().manual_seed(0)
+    regions = F.normalize(torch.randn(2, 50, 24, generator=rng), dim=-1)
+    names = F.normalize(torch.randn(2, 7, 24, generator=rng), dim=-1)
+    wanted = (regions.double()[:, :, None] * names.double()[:, None]).sum(-1)
+    image, masks = inputs()
+    classifier = RegionClassifier(clip)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = cosines(regions, names)
+        embedded, valid = classifier.embed(image, masks)
+        logits, _ = classifier(image, masks, names)
+    assert found.dtype == logits.dtype == torch.float32
+    torch.testing.assert_close(found.double(), wanted, atol=1e-6, rtol=0)
+    by_hand = 100 * (embedded.double()[:, :, None] * names.double()[:, None]).sum(-1)
+    torch.testing.assert_close(logits[valid].double(), by_hand[valid], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("depth", [0, 2])
@@ -245,6 +263,20 @@ def test_asked_together_is_the_ensemble(clip, options):
     torch.testing.assert_close(found.fused, wanted)
     assert torch.equal(found.class_logits, plain.class_logits)
     assert ask_together(segmenter.network, features, prompts).fused is None
+
+
+def test_a_list_of_one_meets_the_contrast(clip):
+    """A softmax over a single name is 1 whatever the region shows, and with weight 1 would be the score of all of them."""
+    own, segmenter = stage(clip, weight=1.0), make_segmenter(clip)
+    image, prompts = torch.rand(2, 3, 64, 96), segmenter.text.encode(["grass"])
+    with torch.no_grad():
+        features = segmenter.network.encode(image)
+        found = ask_together(segmenter.network, features, prompts, own.ask(image, ["grass"])).fused
+        masks = upsample(segmenter.network.decode(features, prompts).mask_logits.sigmoid(), (64, 96))
+        regions, valid = own.classifier.embed(image, masks)
+        phat = (100 * regions @ own.text.encode(["grass", "others", "a cat"]).pooled[0].T).softmax(-1)[..., :1]
+    assert valid.any() and found.shape == phat.shape and (found[valid] < 0.999).all()
+    torch.testing.assert_close(found, phat * valid[..., None], atol=1e-5, rtol=1e-4)
 
 
 def test_asked_alone_each_prompt_meets_the_contrast(clip):
@@ -405,6 +437,44 @@ def test_broken_region_folders(clip, tmp_path):
     (folder / "text_encoder").rename(folder / "gone")
     with pytest.raises(InputError, match="the region model is not whole"):
         RegionStage.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text": {}}, "config.json: text: got {}, want null, or a list of templates"),
+        ({"text": 5}, "config.json: text: got 5"),
+        ({"text": {"templates": [1], "normalize": True}}, r"config.json: text: got {'templates': \[1\]"),
+        ({"text": {"templates": ["a photo"], "normalize": True}}, "got templates"),
+        ({"contrast": 5}, "contrast: got 5, want a list"),
+        ({"contrast": [1]}, r"contrast: got \[1\], want a list"),
+        ({"contrast": []}, r"contrast: got \[\], want a list"),
+        ({"contrast": "others"}, "contrast: got 'others', want a list"),
+        ({"contrast": [" "]}, r"contrast: got \[' '\], want a list"),
+        ({"network": 5}, "config.json: 'network' does not describe a region model"),
+        ({"network": {"weight": 9}}, "config.json: weight: got 9"),
+        ({"network": {"weight": "a"}}, "config.json: 'network' does not describe a region model"),
+        ({"vision": {"hidden_size": 131}}, r"config.json: 'network' does not describe a region model .*131"),
+        ({"vision": {"hidden_size": "wide"}}, "config.json: 'network' does not describe a region model"),
+        ({"vision": {"patch_size": 0}}, "config.json: 'network' does not describe a region model"),
+        ({"vision": 5}, "config.json: 'network' does not describe a region model"),
+    ],
+)
+def test_broken_configs_are_one_line(clip, tmp_path, change, message):
+    folder = stage(clip).save(tmp_path / "region")
+    config = json.loads((folder / "config.json").read_text())
+    network = config["network"]
+    if "vision" in change:
+        vision = change["vision"]
+        own = network["clip_config"]
+        changed = own | {"vision": own["vision"] | vision if isinstance(vision, dict) else vision}
+        change = {"network": network | {"clip_config": changed}}
+    elif isinstance(change.get("network"), dict):
+        change = {"network": network | change["network"]}
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(InputError, match=message) as caught:
+        RegionStage.load(folder)
+    assert "\n" not in str(caught.value)
 
 
 def test_prompts_that_are_padding_get_nothing(clip):

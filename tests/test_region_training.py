@@ -57,6 +57,13 @@ def test_the_loss_by_loop(ignored):
     assert found.item() == pytest.approx(total / 12, rel=1e-4)
 
 
+def test_the_loss_keeps_its_bits_under_autocast():
+    regions, names = units(0), units(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = contrastive_loss(regions, names, 100.0)
+    assert found.item() == pytest.approx(contrastive_loss(regions, names, 100.0).item(), rel=1e-6)
+
+
 def test_repeated_nouns_alone_make_the_difference():
     regions, names = units(0), units(1)
     assert torch.equal(contrastive_loss(regions, names, 9.0), contrastive_loss(regions, names, 9.0, torch.arange(6)))
@@ -120,7 +127,7 @@ def test_each_way_of_tuning_changes_its_own_part(runs, clip):
     assert weights_of(RegionStage.load(runs["all"]))["prompts.tokens"].shape[0] == 0
 
 
-def module_in_use(clip, tune: str, steps: int, **options) -> tuple[RegionModule, list[dict[str, torch.Tensor]]]:
+def module_in_use(clip, tune: str, steps: int, callbacks=(), **options) -> tuple[RegionModule, list[dict[str, torch.Tensor]]]:
     """A module that has taken some steps, and its parameters before each."""
     from lightning import Callback, Trainer
 
@@ -134,12 +141,11 @@ def module_in_use(clip, tune: str, steps: int, **options) -> tuple[RegionModule,
             self.on_train_batch_start(trainer, pl_module)
 
     torch.manual_seed(0)
-    module = RegionModule(str(clip), tune=tune, mask_prompt_depth=2, lr=1e-3, warmup_steps=1, **options)
+    module = RegionModule(str(clip), **({"tune": tune, "mask_prompt_depth": 2, "lr": 1e-3, "warmup_steps": 1} | options))
     data = SceneRegions(train_length=20, val_length=2, regions=2, batch_size=2, num_workers=0)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = Trainer(
-        max_steps=steps, accelerator="cpu", limit_val_batches=0, callbacks=[Watch()], use_distributed_sampler=False, **quiet
-    )
+    quiet |= {"limit_val_batches": 0, "use_distributed_sampler": False}
+    trainer = Trainer(max_steps=steps, accelerator="cpu", callbacks=[Watch(), *callbacks], **quiet)
     trainer.fit(module, datamodule=data)
     return module, states
 
@@ -156,6 +162,35 @@ def test_one_stage_after_the_other(clip):
     optimizer = module.optimizers(use_pl_optimizer=False)
     taken = {name: int(optimizer.state[p]["step"]) for name, p in module.named_parameters() if p.requires_grad}
     assert taken.pop("log_scale") == 6 and set(taken.values()) == {3}  # no trace of the other stage in Adam's moments
+
+
+def test_no_gradient_is_computed_that_is_not_used(clip):
+    """In the prompts' stage those of the image side would be thrown away."""
+    from lightning import Callback
+
+    reached = []
+
+    class Look(Callback):
+        def on_after_backward(self, trainer, pl_module):
+            reached.append({name.split(".")[1] for name, p in pl_module.named_parameters() if "." in name and p.grad is not None})
+
+    module, _ = module_in_use(clip, "all_then_prompts", 2, [Look()])
+    assert reached == [{"vision"}, {"prompts"}]
+    assert all(p.requires_grad for p in module.classifier.parameters())  # and a checkpoint has them all
+
+
+def test_validation_leaves_out_prompts_that_have_not_begun(clip):
+    module, _ = module_in_use(clip, "all_then_prompts", 1, all_share=0.9)
+    batch = next(iter(SceneRegions(val_length=2, regions=2, num_workers=0).val_dataloader()))
+    plain, own = RegionAccuracy(module.accuracy.vocabulary), []
+    with torch.no_grad():
+        module.classifier.prompts.tokens.fill_(math.nan)
+    inner = module.classifier.embed_crops
+    module.classifier.embed_crops = lambda *args: own.append(inner(*args)) or own[-1]
+    module.validation_step(batch, 0)
+    assert own and all(x.isfinite().all() for x in own)
+    plain.update(module.region_stage().classifier, module.text, batch)
+    assert torch.equal(module.accuracy.right, plain.right) and module.accuracy.total.sum() > 0
 
 
 def test_the_second_stage_is_that_of_a_run_of_its_own(clip, tmp_path):
@@ -182,6 +217,29 @@ def test_prompts_that_have_not_begun_are_not_saved(clip):
 def test_the_scale_stays_in_its_bounds(clip):
     module, _ = module_in_use(clip, "prompts", 2, scale=100.0, prompt_lr=5.0)
     assert 0 <= module.log_scale.item() <= math.log(100) + 1e-6
+
+
+@pytest.mark.parametrize(("tune", "began"), [("prompts", [True, True]), ("all_then_prompts", [False, True])])
+def test_what_a_checkpoint_is_made_of_is_as_the_next_step_finds_it(clip, tune, began):
+    """Checkpoints are saved by callbacks, whose hooks at a batch's end come before the module's."""
+    from lightning import Callback
+
+    saved, found = [], []
+
+    def state(module) -> tuple[bool, float]:
+        return bool(module.prompts_began), module.log_scale.item()
+
+    class Save(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            saved.append(state(pl_module))
+
+        def on_train_batch_start(self, trainer, pl_module, *_):
+            found.append(state(pl_module))
+
+    # Rates that take the scale past a bound at once, wherever its gradient points.
+    module, _ = module_in_use(clip, tune, 2, [Save()], scale=100.0, prompt_lr=9.0, **({} if tune == "prompts" else {"lr": 9.0}))
+    assert saved == [*found[1:], state(module)] and [b for b, _ in saved] == began
+    assert all(s == 0 or s == pytest.approx(math.log(100)) for _, s in saved[:1])
 
 
 def test_matrices_decay_and_the_rest_does_not(clip):

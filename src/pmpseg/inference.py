@@ -84,11 +84,15 @@ def answers(soft: Tensor, scores: Tensor) -> Tensor:
 
 
 def ask_together(network: PMP, features: Features, prompts: Prompts, regions: Regions | None = None) -> Prediction:
-    """The prompts as one list, of which every query is named by one; ``regions`` names them again by a second stage's CLIP."""
+    """The prompts as one list, of which every query is named by one; ``regions`` names them again by a second stage's CLIP.
+
+    A list of one is weighed against ``regions.contrast``, as OVSeg's demo does: a softmax over one name would find it anywhere.
+    """
     prediction = network.decode(features, prompts)
     if regions is None:
         return prediction
-    return name_again(prediction, regions.classifier, regions.image, regions.names[None])
+    names = regions.names if len(regions.names) > 1 else torch.cat([regions.names, regions.contrast])
+    return name_again(prediction, regions.classifier, regions.image, names[None])
 
 
 def name_again(prediction: Prediction, classifier: RegionClassifier, image: Tensor, names: Tensor) -> Prediction:

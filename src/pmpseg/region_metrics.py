@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 
 from .models.clip import TextEncoder
-from .models.region import RegionClassifier
+from .models.region import RegionClassifier, cosines
 from .vocabulary import Vocabulary
 
 
@@ -34,14 +34,17 @@ class RegionAccuracy(Metric):
             self.add_state(name, torch.zeros(len(vocabulary), dtype=torch.int64), dist_reduce_fx="sum")
 
     @torch.no_grad()
-    def update(self, classifier: RegionClassifier, text: TextEncoder, batch: Mapping[str, Any]) -> None:
+    def update(
+        self, classifier: RegionClassifier, text: TextEncoder, batch: Mapping[str, Any], prompted: bool = True
+    ) -> None:
+        """Adds one batch; without the mask prompts if not ``prompted``."""
         cuts = [(image.float() / 255, mask.float()) for image, mask in zip(batch["images"], batch["masks"], strict=True)]
         regions = [
-            classifier.embed_crops(*classifier.prepare(cuts[start : start + classifier.chunk]))
+            classifier.embed_crops(*classifier.prepare(cuts[start : start + classifier.chunk]), prompted)
             for start in range(0, len(cuts), classifier.chunk)
         ]
         names = F.normalize(text.encode(self.vocabulary.synonyms).pooled[0], dim=-1)
-        best = (torch.cat(regions) @ names.T).argmax(1)
+        best = cosines(torch.cat(regions), names).argmax(1)
         classes = batch["classes"]
         self.total += torch.bincount(classes, minlength=len(self.total))
         self.right += torch.bincount(classes[best == classes], minlength=len(self.total))

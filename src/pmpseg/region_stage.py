@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from .errors import InputError
 from .hub import FORMAT, shipped_or
 from .models.clip import TextEncoder
-from .models.region import RegionClassifier, Regions
+from .models.region import RegionClassifier, Regions, cosines
 from .models.weights import load_state
 
 ARCHITECTURE = "RegionClassifier"
@@ -34,8 +34,9 @@ class RegionStage(nn.Module):
             kind = "a CLIP" if text.is_clip else "no CLIP"
             got = f"text encoder {text.name} ({kind}, width {text.dim})"
             raise InputError(f"{got} cannot name regions of a CLIP of width {classifier.dim}: give the same CLIP's text side")
-        if isinstance(contrast, str) or not contrast:
-            raise InputError(f"contrast: got {contrast!r}, want a list of one word or more, as ['others']")
+        is_list = isinstance(contrast, list | tuple) and len(contrast) > 0
+        if not is_list or not all(isinstance(word, str) and word.strip() for word in contrast):
+            raise InputError(f"contrast: got {contrast!r:.80}, want a list of one word or more, as ['others']")
         self.classifier, self.text, self.contrast = classifier, text, tuple(contrast)
 
     @torch.no_grad()
@@ -51,8 +52,8 @@ class RegionStage(nn.Module):
         ``image`` (3, H, W); ``masks`` (Q, H, W), probabilities. Where no mask is a region, the indices are -1.
         """
         regions, valid = self.classifier.embed(image[None], masks[None])
-        cosines = F.normalize(self.text.encode(nouns).pooled[0], dim=-1) @ regions[0].T  # (N, Q)
-        best, index = cosines.masked_fill(~valid, -torch.inf).max(1)
+        likeness = cosines(F.normalize(self.text.encode(nouns).pooled[0], dim=-1), regions[0])  # (N, Q)
+        best, index = likeness.masked_fill(~valid, -torch.inf).max(1)
         return best, index.where(best.isfinite(), -1)
 
     # ---- files
@@ -98,11 +99,18 @@ class RegionStage(nn.Module):
         if not _is_region_model(folder):
             raise InputError(f"{path}: not the config of a region model; want 'architecture': {ARCHITECTURE!r}: save it again")
         config = json.loads(path.read_text(encoding="utf-8"))
+        if missing := [key for key in ("network", "contrast", "text") if key not in config]:
+            raise InputError(f"{path}: does not describe a region model, lacks {missing[0]!r}: save it again")
+        contrast, own = config["contrast"], config["text"]
+        if own is not None and not _is_text(own):
+            raise InputError(f"{path}: text: got {own!r:.80}, want null, or a list of templates and normalize (true or false)")
         try:
             classifier = RegionClassifier(**config["network"])
-            contrast, own = config["contrast"], config["text"]
-        except (TypeError, KeyError) as error:
-            raise InputError(f"{path}: does not describe a region model ({error}): save it again") from None
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+        except Exception as error:  # torch and transformers have many kinds, some of several lines
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise InputError(f"{path}: 'network' does not describe a region model ({reason}): save it again") from None
         load_state(classifier, folder / "model.safetensors")
         if own is None:
             if shared is None:
@@ -111,6 +119,14 @@ class RegionStage(nn.Module):
         if not (folder / "text_encoder").is_dir():
             raise InputError(f"{folder / 'text_encoder'}: no such folder; the region model is not whole: copy or save it again")
         return cls(classifier, TextEncoder(folder / "text_encoder", own["templates"], own["normalize"]), contrast)
+
+
+def _is_text(config: Any) -> bool:
+    """Whether this is what ``write`` says of a text encoder of its own."""
+    if not isinstance(config, dict) or not isinstance(config.get("normalize"), bool):
+        return False
+    templates = config.get("templates")
+    return isinstance(templates, list) and all(isinstance(template, str) for template in templates)
 
 
 def _is_region_model(folder: Path) -> bool:

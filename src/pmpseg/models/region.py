@@ -123,8 +123,7 @@ class RegionClassifier(nn.Module):
             want = f"this CLIP's embeddings have {self.dim}: encode them with its own text side"
             raise InputError(f"names have width {names.shape[-1]}, {want}")
         names = F.normalize(names.float(), dim=-1).expand(len(image), -1, -1)
-        cosines = torch.einsum("bqe,bke->bqk", regions, names)
-        return self.temperature * cosines, valid
+        return self.temperature * cosines(regions, names), valid
 
     def embed(self, image: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
         """Unit embeddings (B, Q, E) of the regions, 0 where a mask is none, and which are regions (B, Q)."""
@@ -188,6 +187,15 @@ class RegionClassifier(nn.Module):
         dense = self.dense(image)
         cover = F.interpolate(inside.float(), dense.shape[-2:], mode="area")
         return F.normalize(torch.einsum("bqhw,behw->bqe", cover, dense), dim=-1)
+
+
+def cosines(regions: Tensor, names: Tensor) -> Tensor:
+    """Of unit embeddings (..., N, E) and (..., K, E) -> (..., N, K) in float32, under autocast as well.
+
+    Names are told apart by cosines times 100, which need more than bfloat16's 8 bits.
+    """
+    with torch.autocast(regions.device.type, enabled=False):
+        return torch.einsum("...ne,...ke->...nk", regions.float(), names.float())
 
 
 def boxes_of(inside: Tensor, expand: float = 1.0) -> Tensor:

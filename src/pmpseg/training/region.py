@@ -6,6 +6,8 @@ OVSeg's best, one after the other. A run leaves a region model in RUN/model, whi
 
 import hashlib
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -17,7 +19,7 @@ from torch.nn import functional as F
 from pmpseg.errors import InputError
 from pmpseg.hub import shipped_or
 from pmpseg.models.clip import TextEncoder
-from pmpseg.models.region import RegionClassifier
+from pmpseg.models.region import RegionClassifier, cosines
 from pmpseg.region_metrics import RegionAccuracy
 from pmpseg.region_stage import RegionStage
 
@@ -116,28 +118,39 @@ class RegionModule(LightningModule):
 
     def training_step(self, batch: dict[str, Any], _: int) -> Tensor:
         cuts = [(image.float() / 255, mask.float()) for image, mask in zip(batch["images"], batch["masks"], strict=True)]
-        regions = self.classifier.embed_crops(*self.classifier.prepare(cuts), self.prompted)  # (N, E)
+        still = self._still()
+        with without_gradients(still):
+            regions = self.classifier.embed_crops(*self.classifier.prepare(cuts), self.prompted)  # (N, E)
         names = F.normalize(self.text.encode_batch([batch["nouns"]]).pooled[0], dim=-1)
         nouns = torch.tensor([noun_id(noun) for noun in batch["nouns"]], device=regions.device)
-        if self.trainer.world_size > 1:  # every region meets the nouns of all processes
+        several = self.trainer.world_size > 1
+        if several:  # every region meets the nouns of all processes
             regions = self.all_gather(regions, sync_grads=True).flatten(0, 1)  # type: ignore[union-attr]
             names, nouns = (self.all_gather(x).flatten(0, 1) for x in (names, nouns))  # type: ignore[union-attr]
         same = nouns if self.hparams["repeated_nouns"] == "ignored" else None
         loss = contrastive_loss(regions, names, self.log_scale.exp(), same)
-        right = (regions @ names.T).argmax(1) == torch.arange(len(regions), device=regions.device)
+        right = cosines(regions.detach(), names).argmax(1) == torch.arange(len(regions), device=regions.device)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(regions))
         self.log("train/right", right.float().mean(), batch_size=len(regions))
         self.log("train/scale", self.log_scale.detach().exp(), batch_size=len(regions))
-        return loss + 0 * self.classifier.prompts.tokens.sum()  # several processes want every parameter in every loss
+        # Several processes want every parameter in every loss.
+        return loss + 0 * torch.stack([p.sum() for p in still]).sum() if several and still else loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """What is not this stage's turn stays as it is, and leaves no trace in the optimizer."""
-        still = self.classifier.vision if self.prompted else self.classifier.prompts
-        for p in still.parameters():
+        for p in self._still():
             p.grad = None
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.prompts_began.fill_(self.global_step > self.stage_steps["prompts"][0])  # of the weights as they are now
+    def _still(self) -> list[nn.Parameter]:
+        """What learns in the run, but not in this step."""
+        part = self.classifier.vision if self.prompted else self.classifier.prompts
+        return [p for p in part.parameters() if p.requires_grad]
+
+    def optimizer_step(self, *args: Any) -> None:
+        """With the step what belongs to it: callbacks that save a checkpoint at the batch's end come before the module's hook."""
+        prompted = self.prompted
+        super().optimizer_step(*args)
+        self.prompts_began.fill_(prompted)  # of the weights as they are now
         with torch.no_grad():
             self.log_scale.clamp_(0, math.log(LARGEST_SCALE))
 
@@ -169,7 +182,7 @@ class RegionModule(LightningModule):
     # ---- evaluation
 
     def validation_step(self, batch: dict[str, Any], _: int) -> None:
-        self.accuracy.update(self._as_trained(), self.text, batch)
+        self.accuracy.update(self.classifier, self.text, batch, prompted=bool(self.prompts_began))
 
     def on_validation_epoch_end(self) -> None:
         self.scores = self.accuracy.compute()
@@ -183,14 +196,23 @@ class RegionModule(LightningModule):
         return RegionRecord(data, encoders, self.monitor)
 
     def region_stage(self) -> RegionStage:
-        return RegionStage(self._as_trained(), self.text)
-
-    def _as_trained(self) -> RegionClassifier:
         if self.prompts_began or not self.classifier.prompts.depth:
-            return self.classifier
+            return RegionStage(self.classifier, self.text)
         plain = RegionClassifier(**(self.classifier.config | {"mask_prompt_depth": 0})).to(self.device)
         plain.vision = self.classifier.vision
-        return plain
+        return RegionStage(plain, self.text)
+
+
+@contextmanager
+def without_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """What is computed within it has no gradients to these, which are as they were afterwards."""
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
 
 
 def contrastive_loss(regions: Tensor, names: Tensor, scale: Tensor | float, nouns: Tensor | None = None) -> Tensor:
@@ -198,7 +220,7 @@ def contrastive_loss(regions: Tensor, names: Tensor, scale: Tensor | float, noun
 
     ``nouns`` (N,), numbers of the words: other pairs of the same word are then left out, instead of being negatives.
     """
-    logits = scale * regions @ names.T  # (N, N)
+    logits = scale * cosines(regions, names)  # (N, N)
     if nouns is not None:
         same = (nouns[:, None] == nouns) & ~torch.eye(len(nouns), dtype=torch.bool, device=nouns.device)
         logits = logits.masked_fill(same, -torch.inf)
