@@ -253,6 +253,27 @@ def test_a_folder_of_other_settings_is_refused(fake):
         fake("good", fit=["--x", "2"]).check()
 
 
+@pytest.mark.parametrize("kept", ['{"fit": ["--x",', "3", ""])
+def test_settings_that_are_broken_are_named_in_one_line(fake, kept):
+    one = fake("good")
+    one.folder.mkdir(parents=True)
+    (one.folder / "settings.json").write_text(kept)
+    with pytest.raises(InputError, match=r"good_0/settings.json is broken.*: give another --out, or remove its folder$"):
+        one.check()
+
+
+def test_settings_are_written_whole_or_not_at_all(fake, monkeypatch):
+    def dies(self, text, **_):
+        with self.open("w") as file:
+            file.write(text[:5])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", dies)
+    with pytest.raises(OSError, match="No space"):
+        fake("good").start()
+    assert list(fake("good").folder.iterdir()) == []
+
+
 def test_no_process_outlives_a_kill(tmp_path, fake):
     """SIGKILL cannot be caught: the job's standard input ends, and that ends the job."""
     path = tmp_path / "parent.py"
