@@ -24,7 +24,12 @@ from pmpseg.ablation.spec import Ablation
 from pmpseg.ablation.timing import step_seconds
 from pmpseg.errors import InputError
 from pmpseg.evaluate import build_data, evaluate, own_data
+from pmpseg.evaluation import Evaluator
+from pmpseg.hub import shipped_or
+from pmpseg.models.clip import TextEncoder
+from pmpseg.models.pmp import PMP
 from pmpseg.training import PMPModule
+from pmpseg.vocabulary import Vocabulary
 
 CONF = Path(__file__).parents[1] / "conf"
 TINY = {
@@ -389,6 +394,45 @@ def test_a_run_that_was_begun_ends_as_if_it_never_stopped(tmp_path):
     assert job.train(tmp_path / "begun", fit) is None and job.is_trained(tmp_path / "begun")
     first, second = (Segmenter.load(tmp_path / name / "model").network.state_dict() for name in ("whole", "begun"))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+class ClassMasks:
+    """Data as a folder's with masks: every class is a phrase, of a kind without a group, and some have synonyms."""
+
+    vocabulary = Vocabulary(["dot", "bar", "box"], [["dot", "red circle"], ["bar"], ["box", "square", "blue square"]])
+
+    def dataset(self, split: str) -> list[dict]:
+        rng, items = torch.Generator().manual_seed(len(split)), []
+        for index in range(3):
+            masks = torch.rand(3, 64, 64, generator=rng) > 0.6
+            masks[index] = False
+            items.append({
+                "image": torch.randint(256, (3, 64, 64), generator=rng, dtype=torch.uint8),
+                "labels": masks.int().argmax(0).long(), "prompts": ["bar", "dot", "box"],
+                "prompt_masks": masks, "phrase_kind": ["class"] * 3,
+            })  # fmt: skip
+        return items
+
+
+@pytest.mark.parametrize("asked", ["mixed", "alone"])
+def test_kinds_without_groups_and_synonyms_are_scored_as_the_evaluator_does(asked, tmp_path):
+    torch.manual_seed(0)
+    text = TextEncoder(shipped_or("tiny_clip"))
+    network = PMP(text_dim=text.dim, backbone="test_resnet", dim=32, num_queries=5, num_layers=2, num_heads=4, ffn_dim=32).eval()
+    data = ClassMasks()
+    rows, numbers = score_splits(Segmenter(network, text, data.vocabulary, 64), data, asked)
+    evaluator = Evaluator(data.vocabulary, threshold=0.0, phrase_mode=asked)
+    for item in data.dataset("test"):
+        batch = {k: v[None] if isinstance(v, torch.Tensor) else [v] for k, v in item.items()}
+        evaluator.update(network, text, batch)
+    wanted = evaluator.compute()
+    here = [row for row in rows if row["split"] == "test" and row["present"]]
+    assert np.mean([row["iou"] for row in here]) == pytest.approx(float(wanted["phrase_iou"]), abs=1e-5)
+    assert numbers["miou"] == pytest.approx(float(wanted["miou"]), abs=1e-6)
+    assert {(row["kind"], row["group"]) for row in rows} == {("class", "")}
+    table.write_rows(tmp_path / "phrases.csv", rows)
+    found = Phrases(tmp_path / "phrases.csv").numbers()
+    assert found["iou_at_60_class"] == found["iou_at_60"] and "iou_at_60_" not in found
 
 
 # ---- figures
