@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,10 +17,10 @@ import torch
 import yaml
 
 from pmpseg import Segmenter, ablate
-from pmpseg.ablation import job, runs, table
+from pmpseg.ablation import job, runs, table, timing
 from pmpseg.ablation.chart import charts
 from pmpseg.ablation.runs import Job
-from pmpseg.ablation.scoring import Phrases, score_splits
+from pmpseg.ablation.scoring import Phrases, asked_as, score_splits
 from pmpseg.ablation.spec import Ablation
 from pmpseg.ablation.timing import step_seconds
 from pmpseg.errors import InputError
@@ -28,6 +29,8 @@ from pmpseg.evaluation import Evaluator
 from pmpseg.hub import shipped_or
 from pmpseg.models.clip import TextEncoder
 from pmpseg.models.pmp import PMP
+from pmpseg.models.region import RegionClassifier
+from pmpseg.region_stage import RegionStage
 from pmpseg.training import PMPModule
 from pmpseg.vocabulary import Vocabulary
 
@@ -45,6 +48,16 @@ SPEC = {
     "variants": {"blind": {"model.prompt_attention": "none"}},
     "groups": {"attention": ["blind"]},
 }
+
+
+def tuned(**options) -> dict:
+    """Two second stages, of which one goes on from the other."""
+    regions = {"configs": ["conf/region_scenes.yaml"]}
+    further = {"model.clip": "{tuned}/model", "model.tune": "prompts", "model.mask_prompt_depth": 2} | options
+    return {"tuned": regions | {"options": {"model.tune": "all"}}, "deep": regions | {"options": further}}
+
+
+TUNED = tuned()
 
 
 def write(folder: Path, **changes) -> Path:
@@ -68,7 +81,7 @@ def _beside_conf():
 def test_shipped_files_resolve(path):
     ablation = Ablation.read(path)
     built = ablate.build(ablation, set(ablation.trainings))
-    assert built and set(built) == {name for name, training in ablation.trainings.items() if not training.needs()}
+    assert list(built) == list(ablation.trainings)
     grouped = [name for names in ablation.groups.values() for name in names]
     assert sorted(grouped) == sorted(ablation.rows[1:])  # each variant changes one factor, and no factor is forgotten
 
@@ -96,7 +109,18 @@ def test_shipped_variants_differ_in_one_key(path):
         ({"evaluate": {"all": {"model": "bland"}}}, "all: model: got 'bland', want .*did you mean 'blind'"),
         ({"evaluate": {"crop": {"region": "tiny_clip", "mode": "corp"}}}, "crop: mode: got 'corp', want .*did you mean 'crop'"),
         ({"evaluate": {"crop": {"region": "tiny_clip", "weight": 2}}}, "crop: weight: got 2, want 0 .* to 1"),
-        ({"evaluate": {"crop": {"mode": "crop"}}}, "crop: mode and weight are of a second stage: give region"),
+        ({"evaluate": {"crop": {"mode": "crop"}}}, "crop: mode, weight, templates are of a second stage: give region"),
+        ({"evaluate": {"crop": {"templates": ["a {}"]}}}, "crop: mode, weight, templates are of a second stage: give region"),
+        ({"evaluate": {"crop": {"region": "tiny_clip", "templates": ["a"]}}}, r"templates: got \['a'\], want .* one '{}'"),
+        ({"evaluate": {"crop": {"region": "tiny_clip", "templates": "a {}"}}}, "templates: got 'a {}', want a list"),
+        ({"evaluate": {"crop": {"region": "pmp"}}}, "crop: region: got 'pmp', which trains no second stage"),
+        ({"parts": TUNED, "evaluate": {"pool": {"region": "deep", "mode": "pool"}}}, "pool: mode 'pool' cuts .*prompt_depth 2"),
+        ({"parts": tuned(**{"model.mask_promt_depth": 2})}, "deep: unknown key .*mean 'model.mask_prompt_depth'"),
+        ({"parts": tuned(**{"model.mask_prompt_depth": 99})}, "deep: mask_prompt_depth: got 99, want at most"),
+        ({"parts": tuned(**{"model.tune": "promts"})}, "deep: .*tune: got 'promts', want .*did you mean 'prompts'"),
+        ({"parts": tuned(**{"model.clop": "{tuned}/model"})}, "deep: unknown key 'model.clop'"),
+        ({"parts": tuned(**{"data.seed": 100})}, "deep.options: data.seed is set .*or give a part.s as"),
+        ({"parts": TUNED | {"tuned": {"options": {"model.clip": "{deep}/model"}}}}, "each needs the next"),
         ({"asked": "together"}, "asked: got 'together', want one of alone, mixed"),
         ({"base": {"configs": ["conf/pmp_scene.yaml"]}}, "no configuration .*did you mean 'conf/pmp_scenes.yaml'"),
     ],
@@ -149,6 +173,35 @@ def test_a_second_stage_is_a_part_of_the_same_seed_or_a_clip(tmp_path):
     assert found["own_1"].needs == [tmp_path / "depth_1_1", tmp_path / "pmp_1"]
     assert found["shipped_0"].settings["score"] == {"asked": "mixed", "region": "tiny_clip", "mode": "pool"}
     assert found["shipped_0"].needs == [tmp_path / "pmp_0"] and found["pmp_0"].settings["score"] == {"asked": "mixed"}
+
+
+def test_a_part_may_have_data_of_another_seed(tmp_path):
+    ablation = Ablation.read(write(tmp_path, parts=tuned(**{"data.seed": "{seed+100}"})))
+    found = {job.folder.name: job.settings["fit"] for job in runs.jobs(ablation, tmp_path, 2, {"tuned", "deep"})}
+    for name, wanted in (("tuned_1", "1"), ("deep_0", "100"), ("deep_1", "101")):
+        seeds = [word for key, word in zip(found[name], found[name][1:], strict=False) if key == "--data.seed"]
+        assert seeds == [wanted]
+    assert found["deep_1"][found["deep_1"].index("--seed_everything") + 1] == "1"
+
+
+def test_a_second_stage_asked_otherwise_is_as_one_built_so():
+    region = RegionStage.load("tiny_clip")
+    image, masks = torch.rand(1, 3, 64, 64), torch.rand(1, 4, 64, 64)
+    asked = asked_as(region, {"asked": "mixed", "mode": "pool", "weight": 0.2, "templates": ["a {}"]})
+    name = shipped_or("tiny_clip")
+    built = RegionStage(RegionClassifier(name, mode="pool", weight=0.2), TextEncoder(name, ["a {}"]))
+    words = ["red circle", "blue square"]
+    with torch.no_grad():
+        (ours, _), (wanted, _) = (s.classifier(image, masks, s.ask(image, words).names[None]) for s in (asked, built))
+        bare, _ = built.classifier(image, masks, region.ask(image, words).names[None])
+    assert torch.equal(ours, wanted) and not torch.allclose(ours, bare, atol=1e-2)
+    assert asked.classifier.weight == 0.2 and region.classifier.mode == "crop"  # which stays as it was
+
+
+def test_mask_prompts_refuse_to_pool():
+    prompted = RegionStage(RegionClassifier(shipped_or("tiny_clip"), mask_prompt_depth=2), TextEncoder(shipped_or("tiny_clip")))
+    with pytest.raises(InputError, match="mode 'pool' cuts nothing out: got mask_prompt_depth 2"):
+        asked_as(prompted, {"mode": "pool"})
 
 
 # ---- starting and stopping, with a job that trains nothing
@@ -220,6 +273,24 @@ def test_a_failure_gives_status_1_and_the_table_of_the_rest(tmp_path, fake, monk
     said = capsys.readouterr()
     assert "failed: wrong_0: pmpseg: error: the loss is nan" in said.err and "|  | pmp | 1 |" in said.out
     assert [row["variant"] for row in table.read(tmp_path / "out" / "table.csv")] == ["pmp"]
+
+
+def test_one_name_more_times_all_in_one_go(tmp_path, fake, monkeypatch):
+    one = SimpleNamespace(model=None, datamodule=SimpleNamespace(train_dataloader=lambda: [None]))
+    monkeypatch.setattr(ablate, "build", lambda ablation, names: dict.fromkeys(names, one))
+    calls = []
+
+    def measured(models):
+        calls.append(set(models))
+        return dict.fromkeys(models, float(len(calls)))
+
+    monkeypatch.setattr(timing, "step_seconds", measured)
+    monkeypatch.setattr(table, "markdown", lambda *_: "")  # these runs have no scores to show
+    path = write(tmp_path, variants={"blind": {"model.dim": 64}, "tokens": {"model.dim": 128}}, groups={})
+    for only in ("blind", "tokens", "blind"):
+        assert ablate.main([str(path), "--seeds", "1", "--only", only, "--out", str(tmp_path / "out"), "--parallel", "1"]) == 0
+    assert calls == [{"pmp", "blind"}, {"pmp", "blind", "tokens"}]
+    assert [row["step_seconds"] for row in table.read(tmp_path / "out" / "table.csv")] == [2.0, 2.0, 2.0]
 
 
 def test_an_interrupt_ends_all_processes(fake):

@@ -83,8 +83,8 @@ def _job(ablation: Ablation, out: Path, name: str, seed: int) -> Job:
             score["region"] = f"../{folders[part].name}/model"
         settings: dict[str, Any] = {"fit": None, "model": model, "score": score}
     else:
-        words = [_filled(word, folders) for word in ablation.trainings[name].arguments()]
-        fit = [*words, "--seed_everything", str(seed), "--data.seed", str(seed), "--trainer.enable_progress_bar", "false"]
+        words = [_filled(word, folders) for word in ablation.trainings[name].arguments(seed)]
+        fit = [*words, "--trainer.enable_progress_bar", "false"]
         settings = {"fit": fit, "model": "model", "score": None if name in ablation.parts else {"asked": ablation.asked}}
     return Job(name, seed, out / f"{name}_{seed}", settings, needs)
 

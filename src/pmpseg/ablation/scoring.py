@@ -17,6 +17,9 @@ from tqdm import tqdm
 
 from pmpseg.inference import answers, ask_one_by_one, ask_together, semantic_labels, soft_masks, upsample, with_synonyms
 from pmpseg.metrics import ConfusionMetrics
+from pmpseg.models.clip import TextEncoder
+from pmpseg.models.region import RegionClassifier
+from pmpseg.region_stage import RegionStage
 from pmpseg.vocabulary import Vocabulary
 
 ASKED = ("alone", "mixed")
@@ -56,6 +59,20 @@ class Phrases:
             here = np.unique(column[self.test & self.present])
             found |= {f"iou_at_60_{name}": self.mean_iou(at_60, column == name) for name in here if name}
         return found
+
+
+def asked_as(stage: RegionStage, options: dict[str, Any]) -> RegionStage:
+    """The second stage with the ``mode``, ``weight`` and ``templates`` of the options, as if it had been built with them.
+
+    Raises ``InputError`` where that cannot be, as for ``pool`` with mask prompts.
+    """
+    changed = {name: options[name] for name in ("mode", "weight") if name in options}
+    classifier = RegionClassifier(**(stage.classifier.config | changed))
+    classifier.load_state_dict(stage.classifier.state_dict())
+    text = stage.text
+    if "templates" in options:
+        text = TextEncoder(text.name, options["templates"], text.normalize)
+    return RegionStage(classifier, text, stage.contrast)
 
 
 @torch.inference_mode()
