@@ -454,6 +454,16 @@ def test_scores_are_those_of_evaluate(finished, tmp_path):
     assert len(again) > 15 and all(saved[name] == pytest.approx(value, abs=1e-6) for name, value in again.items())
 
 
+def test_templates_reach_the_scores(finished, tmp_path):
+    found = []
+    for name, options in (("bare", {}), ("a", {"templates": ["a {}"]}), ("same", {"templates": ["{}"]})):
+        (tmp_path / name).mkdir()
+        options |= {"region": "tiny_clip", "mode": "pool", "weight": 1, "asked": "mixed"}
+        job.score(tmp_path / name, finished / "pmp_0" / "model", options)
+        found.append([float(row["score"]) for row in csv.DictReader((tmp_path / name / "phrases.csv").open())])
+    assert found[0] == pytest.approx(found[2], abs=1e-5) and np.abs(np.subtract(found[0], found[1])).max() > 0.01
+
+
 def test_a_run_that_was_begun_ends_as_if_it_never_stopped(tmp_path):
     ablation = Ablation.read(write(tmp_path))
     (one,) = runs.jobs(ablation, tmp_path / "out", 1, {"pmp"})
