@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,15 +17,22 @@ import torch
 import yaml
 
 from pmpseg import Segmenter, ablate
-from pmpseg.ablation import job, runs, table
+from pmpseg.ablation import job, runs, table, timing
 from pmpseg.ablation.chart import charts
 from pmpseg.ablation.runs import Job
-from pmpseg.ablation.scoring import Phrases, score_splits
+from pmpseg.ablation.scoring import Phrases, asked_as, score_splits
 from pmpseg.ablation.spec import Ablation
 from pmpseg.ablation.timing import step_seconds
 from pmpseg.errors import InputError
 from pmpseg.evaluate import build_data, evaluate, own_data
+from pmpseg.evaluation import Evaluator
+from pmpseg.hub import shipped_or
+from pmpseg.models.clip import TextEncoder
+from pmpseg.models.pmp import PMP
+from pmpseg.models.region import RegionClassifier
+from pmpseg.region_stage import RegionStage
 from pmpseg.training import PMPModule
+from pmpseg.vocabulary import Vocabulary
 
 CONF = Path(__file__).parents[1] / "conf"
 TINY = {
@@ -40,6 +48,16 @@ SPEC = {
     "variants": {"blind": {"model.prompt_attention": "none"}},
     "groups": {"attention": ["blind"]},
 }
+
+
+def tuned(**options) -> dict:
+    """Two second stages, of which one goes on from the other."""
+    regions = {"configs": ["conf/region_scenes.yaml"]}
+    further = {"model.clip": "{tuned}/model", "model.tune": "prompts", "model.mask_prompt_depth": 2} | options
+    return {"tuned": regions | {"options": {"model.tune": "all"}}, "deep": regions | {"options": further}}
+
+
+TUNED = tuned()
 
 
 def write(folder: Path, **changes) -> Path:
@@ -63,7 +81,7 @@ def _beside_conf():
 def test_shipped_files_resolve(path):
     ablation = Ablation.read(path)
     built = ablate.build(ablation, set(ablation.trainings))
-    assert built and set(built) == {name for name, training in ablation.trainings.items() if not training.needs()}
+    assert list(built) == list(ablation.trainings)
     grouped = [name for names in ablation.groups.values() for name in names]
     assert sorted(grouped) == sorted(ablation.rows[1:])  # each variant changes one factor, and no factor is forgotten
 
@@ -91,7 +109,18 @@ def test_shipped_variants_differ_in_one_key(path):
         ({"evaluate": {"all": {"model": "bland"}}}, "all: model: got 'bland', want .*did you mean 'blind'"),
         ({"evaluate": {"crop": {"region": "tiny_clip", "mode": "corp"}}}, "crop: mode: got 'corp', want .*did you mean 'crop'"),
         ({"evaluate": {"crop": {"region": "tiny_clip", "weight": 2}}}, "crop: weight: got 2, want 0 .* to 1"),
-        ({"evaluate": {"crop": {"mode": "crop"}}}, "crop: mode and weight are of a second stage: give region"),
+        ({"evaluate": {"crop": {"mode": "crop"}}}, "crop: mode, weight, templates are of a second stage: give region"),
+        ({"evaluate": {"crop": {"templates": ["a {}"]}}}, "crop: mode, weight, templates are of a second stage: give region"),
+        ({"evaluate": {"crop": {"region": "tiny_clip", "templates": ["a"]}}}, r"templates: got \['a'\], want .* one '{}'"),
+        ({"evaluate": {"crop": {"region": "tiny_clip", "templates": "a {}"}}}, "templates: got 'a {}', want a list"),
+        ({"evaluate": {"crop": {"region": "pmp"}}}, "crop: region: got 'pmp', which trains no second stage"),
+        ({"parts": TUNED, "evaluate": {"pool": {"region": "deep", "mode": "pool"}}}, "pool: mode 'pool' cuts .*prompt_depth 2"),
+        ({"parts": tuned(**{"model.mask_promt_depth": 2})}, "deep: unknown key .*mean 'model.mask_prompt_depth'"),
+        ({"parts": tuned(**{"model.mask_prompt_depth": 99})}, "deep: mask_prompt_depth: got 99, want at most"),
+        ({"parts": tuned(**{"model.tune": "promts"})}, "deep: .*tune: got 'promts', want .*did you mean 'prompts'"),
+        ({"parts": tuned(**{"model.clop": "{tuned}/model"})}, "deep: unknown key 'model.clop'"),
+        ({"parts": tuned(**{"data.seed": 100})}, "deep.options: data.seed is set .*or give a part.s as"),
+        ({"parts": TUNED | {"tuned": {"options": {"model.clip": "{deep}/model"}}}}, "each needs the next"),
         ({"asked": "together"}, "asked: got 'together', want one of alone, mixed"),
         ({"base": {"configs": ["conf/pmp_scene.yaml"]}}, "no configuration .*did you mean 'conf/pmp_scenes.yaml'"),
     ],
@@ -144,6 +173,35 @@ def test_a_second_stage_is_a_part_of_the_same_seed_or_a_clip(tmp_path):
     assert found["own_1"].needs == [tmp_path / "depth_1_1", tmp_path / "pmp_1"]
     assert found["shipped_0"].settings["score"] == {"asked": "mixed", "region": "tiny_clip", "mode": "pool"}
     assert found["shipped_0"].needs == [tmp_path / "pmp_0"] and found["pmp_0"].settings["score"] == {"asked": "mixed"}
+
+
+def test_a_part_may_have_data_of_another_seed(tmp_path):
+    ablation = Ablation.read(write(tmp_path, parts=tuned(**{"data.seed": "{seed+100}"})))
+    found = {job.folder.name: job.settings["fit"] for job in runs.jobs(ablation, tmp_path, 2, {"tuned", "deep"})}
+    for name, wanted in (("tuned_1", "1"), ("deep_0", "100"), ("deep_1", "101")):
+        seeds = [word for key, word in zip(found[name], found[name][1:], strict=False) if key == "--data.seed"]
+        assert seeds == [wanted]
+    assert found["deep_1"][found["deep_1"].index("--seed_everything") + 1] == "1"
+
+
+def test_a_second_stage_asked_otherwise_is_as_one_built_so():
+    region = RegionStage.load("tiny_clip")
+    image, masks = torch.rand(1, 3, 64, 64), torch.rand(1, 4, 64, 64)
+    asked = asked_as(region, {"asked": "mixed", "mode": "pool", "weight": 0.2, "templates": ["a {}"]})
+    name = shipped_or("tiny_clip")
+    built = RegionStage(RegionClassifier(name, mode="pool", weight=0.2), TextEncoder(name, ["a {}"]))
+    words = ["red circle", "blue square"]
+    with torch.no_grad():
+        (ours, _), (wanted, _) = (s.classifier(image, masks, s.ask(image, words).names[None]) for s in (asked, built))
+        bare, _ = built.classifier(image, masks, region.ask(image, words).names[None])
+    assert torch.equal(ours, wanted) and not torch.allclose(ours, bare, atol=1e-2)
+    assert asked.classifier.weight == 0.2 and region.classifier.mode == "crop"  # which stays as it was
+
+
+def test_mask_prompts_refuse_to_pool():
+    prompted = RegionStage(RegionClassifier(shipped_or("tiny_clip"), mask_prompt_depth=2), TextEncoder(shipped_or("tiny_clip")))
+    with pytest.raises(InputError, match="mode 'pool' cuts nothing out: got mask_prompt_depth 2"):
+        asked_as(prompted, {"mode": "pool"})
 
 
 # ---- starting and stopping, with a job that trains nothing
@@ -217,6 +275,24 @@ def test_a_failure_gives_status_1_and_the_table_of_the_rest(tmp_path, fake, monk
     assert [row["variant"] for row in table.read(tmp_path / "out" / "table.csv")] == ["pmp"]
 
 
+def test_one_name_more_times_all_in_one_go(tmp_path, fake, monkeypatch):
+    one = SimpleNamespace(model=None, datamodule=SimpleNamespace(train_dataloader=lambda: [None]))
+    monkeypatch.setattr(ablate, "build", lambda ablation, names: dict.fromkeys(names, one))
+    calls = []
+
+    def measured(models):
+        calls.append(set(models))
+        return dict.fromkeys(models, float(len(calls)))
+
+    monkeypatch.setattr(timing, "step_seconds", measured)
+    monkeypatch.setattr(table, "markdown", lambda *_: "")  # these runs have no scores to show
+    path = write(tmp_path, variants={"blind": {"model.dim": 64}, "tokens": {"model.dim": 128}}, groups={})
+    for only in ("blind", "tokens", "blind"):
+        assert ablate.main([str(path), "--seeds", "1", "--only", only, "--out", str(tmp_path / "out"), "--parallel", "1"]) == 0
+    assert calls == [{"pmp", "blind"}, {"pmp", "blind", "tokens"}]
+    assert [row["step_seconds"] for row in table.read(tmp_path / "out" / "table.csv")] == [2.0, 2.0, 2.0]
+
+
 def test_an_interrupt_ends_all_processes(fake):
     jobs = [fake("long_a"), fake("long_b"), fake("never")]
     started = []
@@ -251,6 +327,27 @@ def test_a_folder_of_other_settings_is_refused(fake):
     fake("good").check()
     with pytest.raises(InputError, match=r"was made with '--x 1', now asked for '--x 2': give another --out"):
         fake("good", fit=["--x", "2"]).check()
+
+
+@pytest.mark.parametrize("kept", ['{"fit": ["--x",', "3", ""])
+def test_settings_that_are_broken_are_named_in_one_line(fake, kept):
+    one = fake("good")
+    one.folder.mkdir(parents=True)
+    (one.folder / "settings.json").write_text(kept)
+    with pytest.raises(InputError, match=r"good_0/settings.json is broken.*: give another --out, or remove its folder$"):
+        one.check()
+
+
+def test_settings_are_written_whole_or_not_at_all(fake, monkeypatch):
+    def dies(self, text, **_):
+        with self.open("w") as file:
+            file.write(text[:5])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", dies)
+    with pytest.raises(OSError, match="No space"):
+        fake("good").start()
+    assert list(fake("good").folder.iterdir()) == []
 
 
 def test_no_process_outlives_a_kill(tmp_path, fake):
@@ -357,6 +454,16 @@ def test_scores_are_those_of_evaluate(finished, tmp_path):
     assert len(again) > 15 and all(saved[name] == pytest.approx(value, abs=1e-6) for name, value in again.items())
 
 
+def test_templates_reach_the_scores(finished, tmp_path):
+    found = []
+    for name, options in (("bare", {}), ("a", {"templates": ["a {}"]}), ("same", {"templates": ["{}"]})):
+        (tmp_path / name).mkdir()
+        options |= {"region": "tiny_clip", "mode": "pool", "weight": 1, "asked": "mixed"}
+        job.score(tmp_path / name, finished / "pmp_0" / "model", options)
+        found.append([float(row["score"]) for row in csv.DictReader((tmp_path / name / "phrases.csv").open())])
+    assert found[0] == pytest.approx(found[2], abs=1e-5) and np.abs(np.subtract(found[0], found[1])).max() > 0.01
+
+
 def test_a_run_that_was_begun_ends_as_if_it_never_stopped(tmp_path):
     ablation = Ablation.read(write(tmp_path))
     (one,) = runs.jobs(ablation, tmp_path / "out", 1, {"pmp"})
@@ -368,6 +475,45 @@ def test_a_run_that_was_begun_ends_as_if_it_never_stopped(tmp_path):
     assert job.train(tmp_path / "begun", fit) is None and job.is_trained(tmp_path / "begun")
     first, second = (Segmenter.load(tmp_path / name / "model").network.state_dict() for name in ("whole", "begun"))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+class ClassMasks:
+    """Data as a folder's with masks: every class is a phrase, of a kind without a group, and some have synonyms."""
+
+    vocabulary = Vocabulary(["dot", "bar", "box"], [["dot", "red circle"], ["bar"], ["box", "square", "blue square"]])
+
+    def dataset(self, split: str) -> list[dict]:
+        rng, items = torch.Generator().manual_seed(len(split)), []
+        for index in range(3):
+            masks = torch.rand(3, 64, 64, generator=rng) > 0.6
+            masks[index] = False
+            items.append({
+                "image": torch.randint(256, (3, 64, 64), generator=rng, dtype=torch.uint8),
+                "labels": masks.int().argmax(0).long(), "prompts": ["bar", "dot", "box"],
+                "prompt_masks": masks, "phrase_kind": ["class"] * 3,
+            })  # fmt: skip
+        return items
+
+
+@pytest.mark.parametrize("asked", ["mixed", "alone"])
+def test_kinds_without_groups_and_synonyms_are_scored_as_the_evaluator_does(asked, tmp_path):
+    torch.manual_seed(0)
+    text = TextEncoder(shipped_or("tiny_clip"))
+    network = PMP(text_dim=text.dim, backbone="test_resnet", dim=32, num_queries=5, num_layers=2, num_heads=4, ffn_dim=32).eval()
+    data = ClassMasks()
+    rows, numbers = score_splits(Segmenter(network, text, data.vocabulary, 64), data, asked)
+    evaluator = Evaluator(data.vocabulary, threshold=0.0, phrase_mode=asked)
+    for item in data.dataset("test"):
+        batch = {k: v[None] if isinstance(v, torch.Tensor) else [v] for k, v in item.items()}
+        evaluator.update(network, text, batch)
+    wanted = evaluator.compute()
+    here = [row for row in rows if row["split"] == "test" and row["present"]]
+    assert np.mean([row["iou"] for row in here]) == pytest.approx(float(wanted["phrase_iou"]), abs=1e-5)
+    assert numbers["miou"] == pytest.approx(float(wanted["miou"]), abs=1e-6)
+    assert {(row["kind"], row["group"]) for row in rows} == {("class", "")}
+    table.write_rows(tmp_path / "phrases.csv", rows)
+    found = Phrases(tmp_path / "phrases.csv").numbers()
+    assert found["iou_at_60_class"] == found["iou_at_60"] and "iou_at_60_" not in found
 
 
 # ---- figures

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pmpseg import cli
-from pmpseg.ablation.spec import Ablation
+from pmpseg.ablation.spec import Ablation, Training
 from pmpseg.errors import InputError
 
 
@@ -48,12 +48,14 @@ def main(args: Sequence[str] | None = None) -> int:
         jobs = runs.jobs(ablation, out, options.seeds, names)
         for job in jobs:
             job.check()
-        built = build(ablation, names)
+        untimed = to_time(ablation, names, out)
+        built = build(ablation, names | untimed)
         out.mkdir(parents=True, exist_ok=True)
         with alone(out):
             write()
             failed = runs.run(jobs, options.parallel or len(os.sched_getaffinity(0)), write)
-            time_steps({name: one for name, one in built.items() if name not in ablation.parts}, out)
+            if untimed:
+                time_steps({name: one for name, one in built.items() if name in untimed}, out)
     elif not out.is_dir():
         raise InputError(f"no runs in {out}: leave out --report, or give --out")
     write()
@@ -82,38 +84,85 @@ def chosen(ablation: Ablation, only: Sequence[str] | None) -> set[str]:
     for name in only or ():
         if name not in known:
             raise InputError(f"--only {name}: {ablation.path} has {', '.join(sorted(known))}{cli.did_you_mean(name, known)}")
+    return with_needs(ablation, wanted)
+
+
+def with_needs(ablation: Ablation, wanted: set[str]) -> set[str]:
     while more := {needed for name in wanted for needed in ablation.needs(name)} - wanted:
-        wanted |= more
+        wanted = wanted | more
     return wanted
 
 
 def build(ablation: Ablation, names: set[str]) -> dict[str, Any]:
-    """Every training as ``pmpseg.fit`` builds it, so that mistakes are found before the first run; not if it needs another."""
+    """Every training as ``pmpseg.fit`` builds it, and every second stage, so that mistakes are found before the first run."""
     from pmpseg import fit
 
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
-    built = {}
-    for name, training in ablation.trainings.items():
-        if name in names and not training.needs():
-            try:
-                built[name] = fit.command_line([*training.arguments(), "--seed_everything", "0", "--data.seed", "0"])
-            except InputError as error:
-                raise InputError(f"{ablation.path}: {name}: {error}") from error
-    return built
+    built: dict[str, Any] = {}
+    names = with_needs(ablation, names)
+    for name in ablation.in_order:
+        if name in names:
+            with named(f"{ablation.path}: {name}"):
+                built[name] = fit.command_line(with_stand_ins(ablation.trainings[name], built).arguments(0))
+    for name in names & ablation.evaluations.keys():
+        with named(f"{ablation.path}: {name}"):
+            check_second_stage(ablation.evaluations[name], built)
+    return {name: built[name] for name in ablation.trainings if name in built}
+
+
+def with_stand_ins(training: Training, built: dict[str, Any]) -> Training:
+    """The training with stand-ins for the runs that it needs: what each of them begins with itself, or the shipped CLIP."""
+    instead = {}
+    for key, value in training.options.items():
+        if needed := Training([], {key: value}).needs():
+            head, _, tail = key.partition(".")
+            config = built[needed.pop()].config
+            own = next((config[place] for place in (f"{head}.init_args.{tail}", key) if place in config), "tiny_clip")
+            instead[key] = own if own is None or isinstance(own, str) else "tiny_clip"
+    return Training(training.configs, training.options | instead)
+
+
+def check_second_stage(given: dict[str, Any], built: dict[str, Any]) -> None:
+    from pmpseg.ablation.scoring import asked_as
+    from pmpseg.region_stage import RegionStage
+
+    if (region := given.get("region")) in built:
+        model = built[region].model
+        if not hasattr(model, "classifier"):
+            raise InputError(f"region: got {region!r}, which trains no second stage: give a part that does, or a CLIP")
+        asked_as(RegionStage(model.classifier, model.text), given)
+    elif region:
+        asked_as(RegionStage.load(region), given)
+
+
+@contextmanager
+def named(where: str) -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def to_time(ablation: Ablation, names: set[str], out: Path) -> set[str]:
+    """Whose steps to measure: nobody's, if all of these names have been, or else all that the file is to hold.
+
+    Only what was measured in turns can be compared, so that one name more measures all again.
+    """
+    path = out / "step_seconds.json"
+    known = set(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else set()
+    rows = ablation.trainings.keys() - ablation.parts
+    return set() if names & rows <= known else (names | known) & rows
 
 
 def time_steps(built: dict[str, Any], out: Path) -> None:
-    """Measures all variants in turns unless this was done; step_seconds.json keeps it."""
+    """Measures these in turns; step_seconds.json keeps it."""
     from pmpseg.ablation.timing import step_seconds
 
-    path = out / "step_seconds.json"
-    if path.is_file() and built.keys() <= json.loads(path.read_text(encoding="utf-8")).keys():
-        return
     print(f"timing a step of {', '.join(built)} in turns", file=sys.stderr)
     for one in built.values():
         one.datamodule.num_workers = 0
     seconds = step_seconds({name: (one.model, next(iter(one.datamodule.train_dataloader()))) for name, one in built.items()})
-    with cli.whole_file(path) as temporary:
+    with cli.whole_file(out / "step_seconds.json") as temporary:
         temporary.write_text(json.dumps(seconds, indent=1) + "\n")
 
 

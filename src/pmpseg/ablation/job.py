@@ -45,9 +45,9 @@ def score(folder: Path, model: Path, options: dict[str, Any], train_seconds: flo
     """Scores a model on its own data with seed 0, so that the scenes and phrases are the same for all seeds of training.
 
     ``options``: ``data``, arguments of it that differ in scoring; ``asked`` of ``score_splits``; ``region``, a region model's
-    folder or a CLIP, with its ``mode`` and ``weight``.
+    folder or a CLIP, with what ``asked_as`` changes.
     """
-    from pmpseg.ablation.scoring import Phrases, score_splits
+    from pmpseg.ablation.scoring import Phrases, asked_as, score_splits
     from pmpseg.ablation.table import write_rows
     from pmpseg.evaluate import build_data, own_data
     from pmpseg.region_stage import RegionStage
@@ -55,9 +55,7 @@ def score(folder: Path, model: Path, options: dict[str, Any], train_seconds: flo
 
     segmenter = Segmenter.load(model)
     if region := options.get("region"):
-        segmenter.region = RegionStage.load(folder / region if region.startswith("../") else region)
-        for name in options.keys() & {"mode", "weight"}:
-            setattr(segmenter.region.classifier, name, options[name])
+        segmenter.region = asked_as(RegionStage.load(folder / region if region.startswith("../") else region), options)
     spec = own_data(segmenter.data, str(model))
     changed = {"seed": 0, "num_workers": 0, **options.get("data", {})}
     data = build_data(spec | {"init_args": (spec.get("init_args") or {}) | changed})

@@ -12,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pmpseg import cli
 from pmpseg.ablation.job import is_trained
 from pmpseg.ablation.spec import Ablation
 from pmpseg.errors import InputError
@@ -41,13 +42,20 @@ class Job:
     def check(self) -> None:
         """Raises ``InputError`` if the folder holds a run of other settings."""
         kept = self.folder / "settings.json"
-        if kept.is_file() and (before := json.loads(kept.read_text(encoding="utf-8"))) != self.settings:
+        if not kept.is_file():
+            return
+        try:
+            before = dict(json.loads(kept.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            raise InputError(f"{kept} is broken, so this may be any run: give another --out, or remove its folder") from None
+        if before != self.settings:
             was, now = (_as_text(s) for s in (before, self.settings))
             raise InputError(f"{self.folder} was made with '{was}', now asked for '{now}': give another --out, or remove it")
 
     def start(self) -> "subprocess.Popen[bytes]":
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "settings.json").write_text(json.dumps(self.settings, indent=1) + "\n", encoding="utf-8")
+        with cli.whole_file(self.folder / "settings.json") as temporary:
+            temporary.write_text(json.dumps(self.settings, indent=1) + "\n", encoding="utf-8")
         command = [*COMMAND, str(self.folder)]
         with (self.folder / "log.txt").open("ab") as log:
             return subprocess.Popen(  # in a group of its own, since Ctrl-C is ours to pass on
@@ -75,8 +83,8 @@ def _job(ablation: Ablation, out: Path, name: str, seed: int) -> Job:
             score["region"] = f"../{folders[part].name}/model"
         settings: dict[str, Any] = {"fit": None, "model": model, "score": score}
     else:
-        words = [_filled(word, folders) for word in ablation.trainings[name].arguments()]
-        fit = [*words, "--seed_everything", str(seed), "--data.seed", str(seed), "--trainer.enable_progress_bar", "false"]
+        words = [_filled(word, folders) for word in ablation.trainings[name].arguments(seed)]
+        fit = [*words, "--trainer.enable_progress_bar", "false"]
         settings = {"fit": fit, "model": "model", "score": None if name in ablation.parts else {"asked": ablation.asked}}
     return Job(name, seed, out / f"{name}_{seed}", settings, needs)
 

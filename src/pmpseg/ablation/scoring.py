@@ -17,6 +17,10 @@ from tqdm import tqdm
 
 from pmpseg.inference import answers, ask_one_by_one, ask_together, semantic_labels, soft_masks, upsample, with_synonyms
 from pmpseg.metrics import ConfusionMetrics
+from pmpseg.models.clip import TextEncoder
+from pmpseg.models.region import RegionClassifier
+from pmpseg.region_stage import RegionStage
+from pmpseg.vocabulary import Vocabulary
 
 ASKED = ("alone", "mixed")
 
@@ -53,8 +57,22 @@ class Phrases:
         found |= {"absent_accuracy_at_50": self.accuracy(at_50), "absent_accuracy_at_60": self.accuracy(at_60)}
         for column in (self.kind, self.group):
             here = np.unique(column[self.test & self.present])
-            found |= {f"iou_at_60_{name}": self.mean_iou(at_60, column == name) for name in here}
+            found |= {f"iou_at_60_{name}": self.mean_iou(at_60, column == name) for name in here if name}
         return found
+
+
+def asked_as(stage: RegionStage, options: dict[str, Any]) -> RegionStage:
+    """The second stage with the ``mode``, ``weight`` and ``templates`` of the options, as if it had been built with them.
+
+    Raises ``InputError`` where that cannot be, as for ``pool`` with mask prompts.
+    """
+    changed = {name: options[name] for name in ("mode", "weight") if name in options}
+    classifier = RegionClassifier(**(stage.classifier.config | changed))
+    classifier.load_state_dict(stage.classifier.state_dict())
+    text = stage.text
+    if "templates" in options:
+        text = TextEncoder(text.name, options["templates"], text.normalize)
+    return RegionStage(classifier, text, stage.contrast)
 
 
 @torch.inference_mode()
@@ -77,7 +95,8 @@ def score_splits(segmenter: Any, data: Any, asked: str = "alone") -> tuple[list[
             image = item["image"][None].float() / 255
             features = segmenter.network.encode(image)
             if "prompt_masks" in item:
-                rows += [{"split": split, "scene": index, **row} for row in _phrases(segmenter, features, item, index, asked)]
+                found = _phrases(segmenter, features, item, index, asked, vocabulary)
+                rows += [{"split": split, "scene": index, **row} for row in found]
             if split == "test":
                 regions = segmenter.region.ask(image, words) if segmenter.region else None
                 prediction = ask_together(segmenter.network, features, class_list, regions)
@@ -85,10 +104,12 @@ def score_splits(segmenter: Any, data: Any, asked: str = "alone") -> tuple[list[
     return rows, {k: float(v) for k, v in classes.compute().items() if v.numel() == 1 and not v.isnan()}
 
 
-def _phrases(segmenter: Any, features: Any, item: dict[str, Any], index: int, how: str) -> list[dict[str, Any]]:
+def _phrases(
+    segmenter: Any, features: Any, item: dict[str, Any], index: int, how: str, vocabulary: Vocabulary
+) -> list[dict[str, Any]]:
     # In any order: present ones come first in an item, and what "shuffled" reads depends on the place.
     asked = np.random.default_rng(index).permutation([k for k, phrase in enumerate(item["prompts"]) if phrase])
-    network, words = segmenter.network, [item["prompts"][k] for k in asked]
+    network, words = segmenter.network, with_synonyms([item["prompts"][k] for k in asked], vocabulary)
     prompts = segmenter.text.encode(words)
     regions = segmenter.region.ask(item["image"][None].float() / 255, words) if segmenter.region else None
     if how == "alone":
@@ -104,7 +125,7 @@ def _phrases(segmenter: Any, features: Any, item: dict[str, Any], index: int, ho
     best = iou(proposals, truth[:, None]).amax(1)
     rows = []
     for n, k in enumerate(asked):
-        kind, group = item["phrase_kind"][k].split()
+        kind, _, group = item["phrase_kind"][k].partition(" ")  # only scenes have groups of phrases
         row = {"phrase": item["prompts"][k], "kind": kind, "group": group, "present": int(truth[n].any())}
         row |= {"score": round(float(scores[n]), 6), "iou": round(float(iou(found[n], truth[n])), 6)}
         rows.append(row | {"recall": round(float(best[n]), 6)})

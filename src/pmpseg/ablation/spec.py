@@ -8,18 +8,20 @@
       blind: {model.prompt_attention: none}
     evaluate:                                 # each is a trained model, by default the base's, asked otherwise
       together: {asked: mixed}                # or with a second stage: a part's, or a CLIP as it is
-      crop: {region: tiny_clip, mode: crop, weight: 0.5}
+      crop: {region: tiny_clip, mode: crop, weight: 0.5, templates: ["a {}"]}
     asked: alone                              # how phrases are asked where nothing else is said; or mixed: together
     groups:                                   # for reading the table: factor -> names
       attention: [blind]
 
 ``parts`` are trained like variants but have configs of their own, are not scored and have no row in the table. The value of an
-option may name another run of the same seed, as in ``"{pooled}/model"``, which is then trained first.
+option may name another run of the same seed, as in ``"{pooled}/model"``, which is then trained first. A part may take its data of
+another seed, ``data.seed: "{seed+100}"``: what goes on from a run of the same data would meet the same samples again.
 """
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +33,25 @@ from pmpseg.errors import InputError
 Options = dict[str, Any]
 KEYS = ("base_name", "base", "variants", "evaluate", "parts", "groups", "asked")
 RUN_KEYS = ("configs", "options")
-EVALUATION = ("model", "asked", "region", "mode", "weight")  # whose model, how its phrases are asked, and a second stage
+STAGE = ("mode", "weight", "templates")  # of a second stage, where it is not as it was trained
+EVALUATION = ("model", "asked", "region", *STAGE)  # whose model, how its phrases are asked, and a second stage
 ASKED, MODES = ("alone", "mixed"), ("crop", "pool")
 RESERVED = {"seed_everything", "data.seed", "trainer.default_root_dir", "ckpt_path"}  # which we set
+OTHER_SEED = re.compile(r"\{seed\+(\d+)\}")
 
 
 @dataclass
 class Training:
-    """One run of ``pmpseg.fit`` but for seed and folder."""
+    """One run of ``pmpseg.fit`` but for seed and folder. Its option ``data.seed``, if any, is one that follows the seed."""
 
     configs: list[Path]
     options: Options
 
-    def arguments(self) -> list[str]:
+    def arguments(self, seed: int) -> list[str]:
         words = [word for path in self.configs for word in ("-c", str(path))]
-        return words + [word for key, value in self.options.items() for word in (f"--{key}", as_word(value))]
+        words += [word for key, value in self.options.items() if key != "data.seed" for word in (f"--{key}", as_word(value))]
+        further = OTHER_SEED.fullmatch(self.options.get("data.seed", ""))
+        return [*words, "--seed_everything", str(seed), "--data.seed", str(seed + int(further[1]) if further else seed)]
 
     def needs(self) -> set[str]:
         """The runs that its options name."""
@@ -68,6 +74,11 @@ class Ablation:
     def rows(self) -> list[str]:
         """What the table shows, the base first."""
         return [name for name in (*self.trainings, *self.evaluations) if name not in self.parts]
+
+    @property
+    def in_order(self) -> list[str]:
+        """The trainings, each after those that it needs."""
+        return list(TopologicalSorter({name: training.needs() for name, training in self.trainings.items()}).static_order())
 
     def factor(self, name: str) -> str:
         return next((factor for factor, names in self.groups.items() if name in names), "")
@@ -95,7 +106,7 @@ class Ablation:
             trainings[name] = Training(start.configs, start.options | difference)
         for name, given in _entries(content, "parts", path):
             part = _mapping(given, RUN_KEYS, f"{path}: {name}")
-            trainings[name] = Training(_configs(part, path), _options(part.get("options"), f"{path}: {name}.options"))
+            trainings[name] = Training(_configs(part, path), _options(part.get("options"), f"{path}: {name}.options", True))
             parts.add(name)
         usual = content.get("asked", "alone")
         _one_of(usual, set(ASKED), f"{path}: asked")
@@ -124,6 +135,11 @@ class Ablation:
         for name, training in self.trainings.items():
             for needed in training.needs():
                 _one_of(needed, set(self.trainings) - {name}, f"{self.path}: {name}")
+        try:
+            self.in_order  # noqa: B018
+        except CycleError as error:
+            circle = " -> ".join(reversed(error.args[1]))
+            raise InputError(f"{self.path}: {circle}: each needs the next, so none can be the first: break the circle") from None
 
 
 def as_word(value: Any) -> str:
@@ -157,14 +173,15 @@ def _entries(content: Mapping[str, Any], key: str, path: Path) -> list[tuple[str
     return [(str(name), given) for name, given in value.items()]
 
 
-def _options(value: Any, where: str) -> Options:
+def _options(value: Any, where: str, is_part: bool = False) -> Options:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
         raise InputError(f"{where}: got {value!r}, want options of pmpseg.fit, as in 'model.dim: 64'")
-    for key in value:
-        if key in RESERVED:
-            raise InputError(f"{where}: {key} is set for every run by pmpseg.ablate: leave it out")
+    for key, one in value.items():
+        if key in RESERVED and not (is_part and key == "data.seed" and OTHER_SEED.fullmatch(str(one))):
+            instead = ", or give a part's as '{seed+100}'" if key == "data.seed" else ""
+            raise InputError(f"{where}: {key} is set for every run by pmpseg.ablate: leave it out{instead}")
     return {str(key): one for key, one in value.items()}
 
 
@@ -187,8 +204,11 @@ def _check_region(asked: Mapping[str, Any], where: str) -> None:
     weight = asked.get("weight", 0.5)
     if not isinstance(weight, int | float) or not 0 <= weight <= 1:
         raise InputError(f"{where}: weight: got {weight!r}, want 0 (the first stage alone) to 1 (the region's CLIP alone)")
-    if "region" not in asked and asked.keys() & {"mode", "weight"}:
-        raise InputError(f"{where}: mode and weight are of a second stage: give region, the name of a part or a CLIP, too")
+    templates = asked.get("templates", ["{}"])
+    if not isinstance(templates, list) or not templates or any(str(one).count("{}") != 1 for one in templates):
+        raise InputError(f"{where}: templates: got {templates!r}, want a list of at least one, each with one '{{}}'")
+    if "region" not in asked and asked.keys() & set(STAGE):
+        raise InputError(f"{where}: {', '.join(STAGE)} are of a second stage: give region, the name of a part or a CLIP, too")
 
 
 def _one_of(name: Any, known: set[str], where: str) -> None:
