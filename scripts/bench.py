@@ -9,6 +9,7 @@ their medians compared, since machines are noisy. `forward` prints how far both 
 """
 
 import argparse
+import copy
 import subprocess
 import sys
 import time
@@ -76,6 +77,30 @@ def share_of_products(run: Callable[[], object]) -> float:
         run()
     own = {event.key.removeprefix("aten::"): event.self_cpu_time_total for event in recorded.key_averages()}
     return sum(own.get(name, 0.0) for name in PRODUCTS) / sum(own.values())
+
+
+@torch.inference_mode()
+def parity(_: int) -> None:
+    """Random weights of a Swin-T at full size, with noise where fresh weights are all alike.
+
+    Masked attention has a threshold: rounding moves some logits across it, and answers jump. So transformers' float32 is also held
+    against its own float64.
+    """
+    reference = swin_mask2former().eval()
+    for name, p in reference.named_parameters():
+        if "relative_position_bias_table" in name or "sampling_offsets" in name or "attention_weights" in name:
+            p += torch.randn_like(p) * 0.3
+    network = pmp_like(reference).eval()
+    exact, exact_network = copy.deepcopy(reference).double(), copy.deepcopy(network).double()
+    print("\nLargest difference of mask logits: PMP to transformers in float32, in float64; transformers' float32 to its float64")
+    for size in ((224, 224), (256, 256), (224, 352), (230, 333)):
+        image = torch.rand(1, 3, *size)
+        normal = (image - network.backbone.mean) / network.backbone.std
+        theirs, ours = reference(normal).masks_queries_logits, network(image, None).mask_logits
+        normal = (image.double() - exact_network.backbone.mean) / exact_network.backbone.std
+        theirs_exact, ours_exact = exact(normal).masks_queries_logits, exact_network(image.double(), None).mask_logits
+        pairs = ((ours, theirs), (ours_exact, theirs_exact), (theirs, theirs_exact))
+        print(f"  {size[0]}x{size[1]}: " + "   ".join(f"{(a - b).abs().max():.1e}" for a, b in pairs), flush=True)
 
 
 @torch.inference_mode()
@@ -250,7 +275,7 @@ def gpu(repeat: int) -> None:
                 print(f"  {name:16} {batch / seconds:8.1f} images a second, peak {memory:.2f} GiB", flush=True)
 
 
-SECTIONS = {"forward": forward, "train": train, "prompts": prompts, "memory": memory, "region": region}
+SECTIONS = {"parity": parity, "forward": forward, "train": train, "prompts": prompts, "memory": memory, "region": region}
 
 
 def main(args: Sequence[str] | None = None) -> None:
