@@ -83,8 +83,8 @@ def share_of_products(run: Callable[[], object]) -> float:
 def parity(_: int) -> None:
     """Random weights of a Swin-T at full size, with noise where fresh weights are all alike.
 
-    Masked attention has a threshold: rounding moves some logits across it, and answers jump. So transformers' float32 is also held
-    against its own float64.
+    Masked attention has a threshold: rounding moves some logits across it, and answers jump. So transformers' float32 is also
+    held against its own float64.
     """
     reference = swin_mask2former().eval()
     for name, p in reference.named_parameters():
