@@ -35,6 +35,11 @@ def upsample(maps: Tensor, image_size: Size, size: Size | None = None) -> Tensor
     return F.interpolate(maps, size, mode="bilinear", align_corners=False)
 
 
+def by_way_of_transformers(maps: Tensor) -> Tensor:
+    """(B, C, h, w) maps at the size through which transformers' post-processing takes all of them, padding and all."""
+    return F.interpolate(maps, TRANSFORMERS_SIZE, mode="bilinear", align_corners=False)
+
+
 def semantic_labels(
     prediction: Prediction, image_size: Size, size: Size | None = None, chunk: int = 64, transformers: bool = False
 ) -> Tensor:
@@ -46,7 +51,7 @@ def semantic_labels(
     """
     probabilities = prediction.probabilities()  # (B, Q, K)
     if transformers:
-        masks = F.interpolate(prediction.mask_logits, TRANSFORMERS_SIZE, mode="bilinear", align_corners=False).sigmoid()
+        masks = by_way_of_transformers(prediction.mask_logits).sigmoid()
     else:
         masks = upsample(prediction.mask_logits, image_size, size).sigmoid()
     best = masks.new_full((len(masks), *(size or image_size)), -1.0)

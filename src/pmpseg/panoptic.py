@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .inference import TRANSFORMERS_SIZE, Size, upsample
+from .inference import Size, by_way_of_transformers, upsample
 from .models.prompts import Prediction
 
 
@@ -50,10 +50,8 @@ def instances(
         queries, classes = probabilities.shape
         best, pair = probabilities.flatten().topk(queries)
         query, labels = pair // classes, pair % classes
-        if transformers:
-            own = F.interpolate(masks[None, query], TRANSFORMERS_SIZE, mode="bilinear", align_corners=False)[0]
-        else:
-            own = upsample(masks[None, query], image_size, size)[0]
+        masks = masks[None, query]
+        own = (by_way_of_transformers(masks) if transformers else upsample(masks, image_size, size))[0]
         inside = own > 0
         scores = best * (own.sigmoid() * inside).flatten(1).sum(1) / (inside.flatten(1).sum(1) + 1e-6)
         if transformers:
@@ -89,7 +87,7 @@ def panoptic(
             found.append((torch.zeros(size or image_size, dtype=torch.int32, device=masks.device), []))
             continue
         if transformers:
-            small = F.interpolate(masks[None, keep], TRANSFORMERS_SIZE, mode="bilinear", align_corners=False).sigmoid()
+            small = by_way_of_transformers(masks[None, keep]).sigmoid()
             probability = F.interpolate(small, size or image_size, mode="bilinear", align_corners=False)[0]
         else:
             probability = upsample(masks[None, keep], image_size, size)[0].sigmoid()

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from torch.utils.data.distributed import DistributedSampler
 
 from pmpseg.errors import InputError
 from pmpseg.models.region import boxes_of
@@ -31,17 +29,9 @@ class RegionData(SegmentationData):
             raise InputError(f"expand, scale: got {expand}, {scale}, want 1 or more, and above 0 to 1")
         self.expand, self.scale = expand, scale
 
-    def _loader(self, dataset: Dataset, sampler: DistributedSampler, batch_size: int, drop_last: bool) -> DataLoader:
-        return DataLoader(
-            dataset,
-            batch_size,
-            sampler=sampler,
-            drop_last=drop_last,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            collate_fn=collate,
-        )
+    @staticmethod
+    def collate(items: list[dict]) -> dict:
+        return collate(items)
 
 
 def collate(items: Sequence[dict]) -> dict:

@@ -68,10 +68,10 @@ class PMP(nn.Module):
     ) -> None:
         given = dict(locals())
         super().__init__()
+        check_sizes(dim, num_heads, encoder_layers=encoder_layers, encoder_ffn_dim=encoder_ffn_dim)
         self.backbone = build_backbone(
             backbone, backbone_weights, backbone_config, mean=backbone_mean, std=backbone_std, frozen=backbone_frozen
         )
-        check_sizes(dim, num_heads, encoder_layers=encoder_layers, encoder_ffn_dim=encoder_ffn_dim)
         channels = list(self.backbone.channels)
         self.pixel_decoder = build_pixel_decoder(pixel_decoder, channels, dim, num_heads, encoder_layers, encoder_ffn_dim)
         # What a plain decoder's queries look at.
