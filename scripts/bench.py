@@ -153,6 +153,24 @@ def train(repeat: int) -> None:
     show(title, in_turns({"transformers Mask2Former": theirs, "PMP deformable": ours}, repeat))
 
 
+def sampling(repeat: int) -> None:
+    """One layer of deformable attention at 512 px, without its products: forward, and forward with backward."""
+    from pmpseg.models.deformable import places_in_pixels, sample_grids, sample_rows
+
+    torch.manual_seed(0)
+    sizes = [(16, 16), (32, 32), (64, 64)]
+    places = places_in_pixels(sizes, torch.zeros(1))
+    shape = (1, len(places), 8, 3, 4)
+    x, y = (places[None, :, None, :, None, axis] + 2 * torch.randn(shape) for axis in (0, 1))
+    given = [torch.randn(1, len(places), 8, 32), x, y, torch.rand(shape)]
+    learnt = [t.clone().requires_grad_() for t in given]
+    ways = {"grid_sample a level": sample_grids, "one bag of rows": sample_rows}
+    with torch.inference_mode():
+        show("Deformable sampling, forward", in_turns({name: partial(way, *given, sizes) for name, way in ways.items()}, repeat))
+    both = {name: lambda way=way: way(*learnt, sizes).sum().backward() for name, way in ways.items()}
+    show("Deformable sampling, forward and backward", in_turns(both, repeat))
+
+
 @torch.inference_mode()
 def prompts(repeat: int) -> None:
     from pmpseg.models import Prompts
@@ -275,7 +293,8 @@ def gpu(repeat: int) -> None:
                 print(f"  {name:16} {batch / seconds:8.1f} images a second, peak {memory:.2f} GiB", flush=True)
 
 
-SECTIONS = {"parity": parity, "forward": forward, "train": train, "prompts": prompts, "memory": memory, "region": region}
+SECTIONS = {"parity": parity, "forward": forward, "train": train, "sampling": sampling}
+SECTIONS |= {"prompts": prompts, "memory": memory, "region": region}
 
 
 def main(args: Sequence[str] | None = None) -> None:
