@@ -4,12 +4,24 @@ from importlib import import_module
 
 _HOME = {
     "Scenes": "pmpseg.data.scenes",
+    "Coco20i": "pmpseg.data.one_shot",
     "FolderData": "pmpseg.data.folder",
     "Pairs": "pmpseg.data.pairs",
+    "Pascal5i": "pmpseg.data.one_shot",
+    "PascalZeroShot": "pmpseg.data.pascal",
     "SceneRegions": "pmpseg.data.scene_regions",
     "SegmentationData": "pmpseg.data.base",
 }
-__all__ = ["FolderData", "Pairs", "SceneRegions", "Scenes", "SegmentationData"]
+__all__ = [
+    "Coco20i",
+    "FolderData",
+    "Pairs",
+    "Pascal5i",
+    "PascalZeroShot",
+    "SceneRegions",
+    "Scenes",
+    "SegmentationData",
+]
 
 
 def __getattr__(name: str):
