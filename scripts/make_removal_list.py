@@ -3,8 +3,8 @@
     apt-get download wordnet-base && dpkg -x wordnet-base_*.deb wordnet
     python scripts/make_removal_list.py --dict wordnet/usr/share/wordnet
 
-Each class of Pascal VOC is a WordNet synset or several, those of the paper's code, named as NLTK names them: a word and the number
-of its sense. Its words are the lemmas of the synset and of all its hyponyms to any depth; a person's are a fixed list.
+Each class of Pascal VOC is a WordNet synset or several, those of the paper's code, named as NLTK names them: a word and the
+number of its sense. Its words are the lemmas of the synset and of all its hyponyms to any depth; a person's are a fixed list.
 --out gets pascal.txt (the words of each class), irregular.txt (the irregular plurals of these words) and WordNet's licence.
 
 --dict is a folder of WordNet's database: index.noun, data.noun and noun.exc. The committed lists are of WordNet 3.0, the version
@@ -39,7 +39,7 @@ SYNSETS: dict[str, list[tuple[str, int, str]]] = {
     "motorbike": [("motorcycle", 1, "a motor vehicle with two wheels")],
     "person": [],
     # pot plant has no hyponym and is all that the paper removes; houseplant is ours
-    "potted plant": [("pot_plant", 1, "a plant suitable for growing in a flowerpot"), ("houseplant", 1, "any of a variety of plants")],
+    "potted plant": [("pot_plant", 1, "a plant suitable for growing"), ("houseplant", 1, "any of a variety of plants")],
     "sheep": [("sheep", 1, "woolly usually horned ruminant")],
     "sofa": [("sofa", 1, "an upholstered seat for more than one person")],
     "train": [("train", 1, "public transport provided by a line of railway cars")],
@@ -56,14 +56,15 @@ FILES = ("pascal.txt", "irregular.txt", "LICENSE.txt")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dict", type=Path, required=True, help="a folder of WordNet's database: index.noun, data.noun, noun.exc")
+    parser.add_argument("--dict", type=Path, required=True, help="a folder with index.noun, data.noun and noun.exc")
     parser.add_argument("--exceptions", type=Path, help="noun.exc, where it is not in --dict")
     parser.add_argument("--out", type=Path, default=ASSETS, help="the folder of the lists; default: the package's own")
     args = parser.parse_args(arguments)
     wordnet = WordNet(args.dict)
     words = {name: words_of_class(wordnet, name) for name in PASCAL_CLASSES}
     irregular = irregular_plurals(args.exceptions or args.dict / "noun.exc", (word for some in words.values() for word in some))
-    notice = f"# Made by scripts/make_removal_list.py from WordNet {wordnet.version}, whose licence is in LICENSE.txt beside this file."
+    source = f"WordNet {wordnet.version}, whose licence is in {FILES[2]} beside this file"
+    notice = f"# Made by scripts/make_removal_list.py from {source}."
     head = [notice, "# class: its words, the lemmas of its synsets and of all their hyponyms, and some fixed ones"]
     texts = [lines(head, words), lines([notice, "# word: its irregular plurals"], irregular), wordnet.licence]
     args.out.mkdir(parents=True, exist_ok=True)
@@ -78,8 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 class WordNet:
     """The nouns of a folder of WordNet's database (its manual: wndb(5WN)).
 
-    ``index.noun``: lemma, part of speech, number of senses S, ..., and last the S offsets of its synsets in the order of the senses.
-    ``data.noun``: offset, file, type, number of words (hexadecimal), (word, id)s, number of pointers, (sign, offset, ...)s | gloss.
+    ``index.noun``: lemma, part of speech, number of senses S, ..., and last the S offsets of its synsets, by sense.
+    ``data.noun``: offset, file, type, number of words (hexadecimal), words with ids, number of pointers, pointers of four parts
+    (sign, offset, type, words), | and the gloss.
     Lines that begin with two spaces are the licence.
     """
 
@@ -107,26 +109,26 @@ class WordNet:
         """The offset of a synset, whose gloss must begin with ``gloss``."""
         offsets = self.senses.get(lemma, [])
         if len(offsets) < sense:
-            raise InputError(f"{self.folder}: {lemma!r} has {len(offsets)} senses as a noun, want sense {sense}: is it WordNet 3.0?")
+            raise InputError(f"{self.folder}: {lemma!r} has {len(offsets)} senses, want sense {sense}: is it WordNet 3.0?")
         found = self.lines[offsets[sense - 1]].partition("|")[2].strip()
         if not found.startswith(gloss):
             wanted = f"want one that begins {gloss!r}"
             raise InputError(f"{self.folder}: sense {sense} of {lemma!r} is {found[:60]!r}, {wanted}: is it WordNet 3.0?")
         return offsets[sense - 1]
 
-    def lemmas(self, offset: str, seen: set[str] | None = None) -> Iterator[str]:
-        """The words of a synset, then those of its hyponyms, depth first; without instances (~i), which are names."""
-        seen = set() if seen is None else seen
-        if offset in seen:
-            return
-        seen.add(offset)
-        fields = self.lines[offset].partition("|")[0].split()
-        count = int(fields[3], 16)
-        yield from fields[4 : 4 + 2 * count : 2]
-        pointers = fields[5 + 2 * count :]
-        for sign, target in zip(pointers[::4], pointers[1::4], strict=True):
-            if sign == "~":
-                yield from self.lemmas(target, seen)
+    def lemmas(self, synset: str) -> Iterator[str]:
+        """The words of a synset, then those of its hyponyms, depth first; without instances (~i), which are proper names."""
+        seen, waiting = set(), [synset]
+        while waiting:
+            offset = waiting.pop()
+            if offset in seen:
+                continue
+            seen.add(offset)
+            fields = self.lines[offset].partition("|")[0].split()
+            end = 4 + 2 * int(fields[3], 16)
+            yield from fields[4:end:2]
+            pointers = zip(fields[end + 1 :: 4], fields[end + 2 :: 4], strict=True)
+            waiting += reversed([target for sign, target in pointers if sign == "~"])
 
 
 def words_of_class(wordnet: WordNet, name: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 A phrase is removed for a class if one of its words, or several in a row, is a word of the class: a lemma of the class's synset in
 WordNet or of a hyponym's, in the singular or the plural. ``scripts/make_removal_list.py`` makes the lists from WordNet.
+Words count and not their senses, as in the paper: horse removes what is gray (a gray horse is a gray), car what is electric.
 
 Plurals are those of WordNet's morphy: its rules of detachment, here turned round so that they make plurals, and its exceptions.
 Where this differs from the paper's code it removes more: men are persons (NLTK leaves them, as men is a lemma too), signs and
