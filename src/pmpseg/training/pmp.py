@@ -152,8 +152,7 @@ class PMPModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        groups, kinds = getattr(data, "class_groups", None), getattr(data, "phrase_kinds", ())
-        self.evaluator = Evaluator(data.vocabulary, groups, kinds, self.hparams["threshold"])
+        self.evaluator = Evaluator.of_data(data, self.hparams["threshold"])
 
     # ---- training
 
