@@ -8,12 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .inference import answers, ask_one_by_one, ask_together, semantic_labels, soft_masks, upsample, with_synonyms
+from .inference import (
+    Encoded,
+    Network,
+    answers,
+    ask_one_by_one,
+    ask_together,
+    semantic_labels,
+    soft_masks,
+    upsample,
+    with_synonyms,
+)
 from .metrics import ConfusionMetrics, PhraseMetrics
 from .models.clip import TextEncoder
-from .models.pmp import PMP
 from .models.prompts import Prompts
-from .models.query_decoder import Features
 from .models.region import Regions
 from .region_stage import RegionStage
 from .vocabulary import Vocabulary
@@ -45,7 +53,7 @@ class Evaluator(nn.Module):
         self.phrases = PhraseMetrics(threshold, kinds=phrase_kinds)
 
     @torch.no_grad()
-    def update(self, network: PMP, text: TextEncoder, batch: dict[str, Any], region: RegionStage | None = None) -> None:
+    def update(self, network: Network, text: TextEncoder, batch: dict[str, Any], region: RegionStage | None = None) -> None:
         """Adds one batch; its answers are scored at the size of its labels, the image's own."""
         image, size = batch["image"].float() / 255, tuple(batch["labels"].shape[-2:])
         image_size = tuple(image.shape[-2:])
@@ -69,9 +77,10 @@ class Evaluator(nn.Module):
             else:
                 soft, scores = (x[i, None] for x in by_class)
             kinds = [self._kinds(batch["phrase_kind"][i][k]) for k in asked] if self.phrases.kinds else None
-            self.phrases.update(answers(upsample(soft, image_size, size), scores)[0], truth[asked], kinds)
+            soft = upsample(soft, image_size, size, network.stride)
+            self.phrases.update(answers(soft, scores, network.by_pixel)[0], truth[asked], kinds)
 
-    def _ask(self, network: PMP, features: Features, prompts: Prompts, regions: Regions | None) -> tuple[Tensor, Tensor]:
+    def _ask(self, network: Network, features: Encoded, prompts: Prompts, regions: Regions | None) -> tuple[Tensor, Tensor]:
         """Soft masks (1, K, h, w) and scores (1, K) of the phrases of one image."""
         if self.phrase_mode == "alone":
             return ask_one_by_one(network, features, prompts, regions=regions)

@@ -7,6 +7,7 @@ from typing import Any
 from pmpseg.errors import InputError
 
 FORMAT = 1  # of model folders
+ARCHITECTURES = ("PMP", "CLIPSeg")
 TINY_CLIP = "tiny_clip"
 _SHIPPED = {TINY_CLIP: Path(__file__).parent / "assets" / "tiny_clip"}
 
@@ -39,12 +40,10 @@ def model_folder(name: str | Path) -> Path:
 def read_config(folder: Path) -> dict[str, Any]:
     """The config.json of a model folder. Raises InputError where it is not one of ours, OSError where there is none."""
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(config, dict) or config.get("architecture") != "PMP" or config.get("format") != FORMAT:
-        raise InputError(f"{path}: not the config of a pmpseg model; want 'architecture': 'PMP' and 'format': {FORMAT}")
+    config = read_json(path)
+    if not isinstance(config, dict) or config.get("architecture") not in ARCHITECTURES or config.get("format") != FORMAT:
+        kinds = " or ".join(map(repr, ARCHITECTURES))
+        raise InputError(f"{path}: not the config of a pmpseg model; want 'architecture': {kinds} and 'format': {FORMAT}")
     missing = {"network", "text", "image_size", "threshold"} - set(config)
     if missing:
         raise InputError(f"{path}: misses {', '.join(sorted(missing))}; save the model again")
@@ -54,6 +53,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(threshold, int | float) or not 0 <= threshold < 1:
         raise InputError(f"{path}: threshold: got {threshold!r}, want a number from 0 to below 1")
     return config
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from None
+
+
+def foreign_type(folder: Path) -> str | None:
+    """The ``model_type`` that transformers gives its own folders; None for ours."""
+    config = read_json(folder / "config.json")
+    return config.get("model_type") if isinstance(config, dict) else None
 
 
 def check_free(folder: Path) -> None:

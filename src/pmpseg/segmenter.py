@@ -12,8 +12,6 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,122 +22,58 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .errors import InputError
-from .hub import FORMAT, check_free, model_folder, public_name, read_config, shipped_or
+from .hub import FORMAT, check_free, foreign_type, model_folder, public_name, read_config, read_json, shipped_or
 from .images import read_image
-from .inference import Size, answers, ask_one_by_one, ask_together, semantic_labels, soft_masks, upsample, with_synonyms
+from .inference import Encoded, Network, ask_one_by_one, ask_together, semantic_labels, soft_masks, with_synonyms
 from .models.clip import TextEncoder
+from .models.clipseg import CLIPSeg
 from .models.pmp import PMP
-from .models.prompts import Prompts
-from .models.query_decoder import Features
+from .models.prompts import PixelPrediction, Prompts
 from .models.region import Regions
 from .models.weights import load_state
 from .panoptic import Segment, panoptic
 from .region_stage import RegionStage
+from .segmentation import NOTHING, Segmentation
 from .vocabulary import Vocabulary
 
-NOTHING = -1  # label of a pixel that no prompt claims
+__all__ = ["NOTHING", "Segmentation", "Segmenter", "weights_hash", "working_image"]
+
 MAX_ASPECT = 8  # an image more elongated than this is squeezed for the network
+CLIPSEG_SIZE, CLIPSEG_THRESHOLD = 352, 0.3  # of the paper; its table 3
+PROCESSOR = "preprocessor_config.json"
 TOWER = "backbone.tower."  # the part of the network that may come from elsewhere
-
-
-@dataclass
-class Segmentation:
-    """The answer for one image of (H, W) pixels and P prompts.
-
-    ``scores`` (P,) float in [0, 1]: how sure the model is that there is something to find. ``soft`` (P, h, w) in [0, 1] are the
-    masks as the network gave them; ``mask(i)`` and ``labels`` are computed from them at the image's own size when asked for.
-
-    Masks of prompts that were asked one by one may overlap or leave pixels out. Those of prompts asked together are a partition:
-    every pixel belongs to the best prompt, ``class_labels`` (H, W) says to which, and the threshold has no part in it.
-    """
-
-    image: Image.Image
-    prompts: list[str]
-    scores: np.ndarray
-    soft: Tensor
-    threshold: float
-    image_size: Size
-    class_labels: np.ndarray | None = None
-
-    @property
-    def size(self) -> Size:
-        """(H, W) of the image."""
-        return self.image.height, self.image.width
-
-    def probability(self, index: int) -> np.ndarray:
-        """(H, W) float32 in [0, 1]: how much each pixel belongs to prompt ``index``."""
-        return upsample(self.soft[index][None, None], self.image_size, self.size)[0, 0].numpy()
-
-    def mask(self, index: int) -> np.ndarray:
-        """(H, W) bool: the pixels of prompt ``index``; all False when its score is not above the threshold."""
-        if not -len(self.prompts) <= index < len(self.prompts):
-            raise InputError(f"mask({index}): there are {len(self.prompts)} prompts, 0 to {len(self.prompts) - 1}")
-        if self.class_labels is not None:
-            return self.class_labels == index % len(self.prompts)
-        score = torch.as_tensor(self.scores[index])
-        return (answers(torch.from_numpy(self.probability(index)), score) > self.threshold).numpy()
-
-    @cached_property
-    def labels(self) -> np.ndarray:
-        """(H, W) int64: the prompt that each pixel belongs to most, or -1 for none of them (not of prompts asked together)."""
-        if self.class_labels is not None:
-            return self.class_labels
-        labels = np.full(self.size, NOTHING)
-        best = np.zeros(self.size, np.float32)
-        for i in range(len(self.prompts)):
-            here = self.probability(i) * self.mask(i)
-            labels[here > best] = i
-            best = np.maximum(best, here)
-        return labels
-
-    def overlay(self) -> Image.Image:
-        """The image with every mask outlined and named."""
-        from .drawing import overlay
-
-        return overlay(self.image, [self.mask(i) for i in range(len(self.prompts))], self.prompts)
-
-    def to_coco(self) -> list[dict[str, Any]]:
-        """One dict a prompt: prompt, score, area in pixels, bbox [x, y, w, h] and segmentation as compressed COCO RLE."""
-        from .rle import encode
-
-        found = []
-        for i, prompt in enumerate(self.prompts):
-            mask = self.mask(i)
-            ys, xs = np.nonzero(mask)
-            box = [int(xs.min()), int(ys.min()), int(np.ptp(xs)) + 1, int(np.ptp(ys)) + 1] if len(xs) else [0, 0, 0, 0]
-            found.append(
-                {"prompt": prompt, "score": float(self.scores[i]), "area": len(xs), "bbox": box, "segmentation": encode(mask)}
-            )
-        return found
 
 
 class Segmenter:
     """A network, its text side and its class list.
 
     Args:
-        network, text, vocabulary: what was trained; all are put into evaluation mode.
+        network, text, vocabulary: what was trained, a ``PMP`` or a ``CLIPSeg``; all are put into evaluation mode. Without a
+            vocabulary no word has synonyms.
         image_size: the short side, in pixels, at which the network works.
         threshold: of scores, above which something is there; chosen on the validation split.
         data: ``class_path`` and ``init_args`` of the data that it was trained with, for ``evaluate``.
         backbone_weights: what the backbone was started from (see ``models.PMP``); ``save`` can name it in place of a frozen one.
         region: a second stage that names the network's masks again by what a CLIP sees in them. Scores change with it: choose the
             threshold anew.
+        square: the network sees images squeezed to a square, as CLIPSeg's own code does; otherwise the aspect is kept.
     """
 
     def __init__(
         self,
-        network: PMP,
+        network: Network,
         text: TextEncoder,
-        vocabulary: Vocabulary,
+        vocabulary: Vocabulary | None,
         image_size: int,
         threshold: float = 0.5,
         data: dict[str, Any] | None = None,
         backbone_weights: str | None = None,
         region: RegionStage | None = None,
+        square: bool = False,
     ) -> None:
         self.network, self.text, self.vocabulary = network.eval(), text.eval(), vocabulary
         self.region = region and region.eval()
-        self.image_size, self.threshold = image_size, threshold
+        self.image_size, self.threshold, self.square = image_size, threshold, square
         self.data, self.backbone_weights = data, backbone_weights
 
     @property
@@ -180,15 +114,16 @@ class Segmenter:
         else:
             soft, scores = ask_one_by_one(self.network, features, encoded, regions=regions)
         threshold = self.threshold if threshold is None else threshold
-        return Segmentation(picture, prompts, scores[0].cpu().numpy(), soft[0].cpu(), threshold, image_size, labels)
+        found = (scores[0].cpu().numpy(), soft[0].cpu(), threshold, image_size, labels)
+        return Segmentation(picture, prompts, *found, stride=self.network.stride, by_pixel=self.network.by_pixel)
 
     def _asked(
         self, image: "str | Path | Image.Image | np.ndarray", prompts: list[str]
-    ) -> tuple[Image.Image, Tensor, Features, Prompts, Regions | None]:
+    ) -> tuple[Image.Image, Tensor, Encoded, Prompts, Regions | None]:
         """The picture, as the network sees it, what it sees in it, and what both stages are asked."""
         picture, words = read_image(image), with_synonyms(prompts, self.vocabulary)
         encoded = self.text.encode(words)
-        tensor = working_image(picture, self.image_size).to(self.device)
+        tensor = working_image(picture, self.image_size, self.square).to(self.device)
         regions = None if self.region is None else self.region.ask(tensor, words)
         return picture, tensor, self.network.encode(tensor), encoded, regions
 
@@ -214,6 +149,8 @@ class Segmenter:
                 raise InputError(f"{name}: got {value}, want 0 to 1")
         picture, tensor, features, encoded, regions = self._asked(image, prompts)
         prediction = ask_together(self.network, features, encoded, regions)
+        if isinstance(prediction, PixelPrediction):
+            raise InputError("panoptic: this model has no queries to tell instances apart; use segment, or a PMP")
         apart = {i for i, prompt in enumerate(prompts) if prompt in things}
         image_size, size = (tensor.shape[-2], tensor.shape[-1]), (picture.height, picture.width)
         (answer,) = panoptic(prediction, image_size, size, apart, threshold, overlap)
@@ -239,6 +176,7 @@ class Segmenter:
             "text": {"templates": list(self.text.templates), "normalize": self.text.normalize},
             "image_size": self.image_size,
             "threshold": self.threshold,
+            "square": self.square,
             "data": self.data,
         }
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as work:
@@ -255,7 +193,8 @@ class Segmenter:
             save_file(state, part / "model.safetensors")
             if self.region is not None:
                 self.region.write(part / "region", shared=self.text)
-            self.vocabulary.write(part / "vocabulary.txt")
+            if self.vocabulary is not None:
+                self.vocabulary.write(part / "vocabulary.txt")
             (part / "config.json").write_text(json.dumps(config, indent=1) + "\n")
             if folder.exists():
                 folder.rename(Path(work) / "old")
@@ -264,22 +203,38 @@ class Segmenter:
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Segmenter":
-        """Opens a model folder or a hub id. Raises InputError where something is missing, foreign or broken."""
+        """Opens a model folder or a hub id, ours or transformers' of a CLIPSeg as it lies.
+
+        Raises InputError where something is missing, foreign or broken.
+        """
         folder = model_folder(folder)
+        if foreign_type(folder) == "clipseg":
+            return cls._of_transformers(folder).to(device)
         config = read_config(folder)
         text = _load_text(folder, config["text"])
         tower = config.get("backbone_weights")  # of a frozen one that is not in the folder
+        kind: type[PMP] | type[CLIPSeg] = CLIPSeg if config["architecture"] == "CLIPSeg" else PMP
         try:
-            network = PMP(**config["network"], backbone_weights=tower and shipped_or(tower["name"]))
+            network = kind(**config["network"], backbone_weights=tower and shipped_or(tower["name"]))
         except TypeError as error:
-            raise InputError(f"{folder / 'config.json'}: 'network' does not describe a PMP ({error})") from None
+            raise InputError(f"{folder / 'config.json'}: 'network' does not describe a {kind.__name__} ({error})") from None
         if tower:
             _check_reference("backbone", tower, network.backbone.tower)
         load_state(network, folder / "model.safetensors", without=TOWER if tower else None)
-        vocabulary = Vocabulary.read(folder / "vocabulary.txt")
+        words = folder / "vocabulary.txt"
+        vocabulary = Vocabulary.read(words) if words.exists() or kind is PMP else None
         data, source = config.get("data"), tower and tower["name"]
         region = RegionStage.read(folder / "region", shared=text) if (folder / "region").exists() else None
-        return cls(network, text, vocabulary, config["image_size"], config["threshold"], data, source, region).to(device)
+        size, threshold, square = config["image_size"], config["threshold"], config.get("square", False)
+        return cls(network, text, vocabulary, size, threshold, data, source, region, square).to(device)
+
+    @classmethod
+    def _of_transformers(cls, folder: Path) -> "Segmenter":
+        """A ``CLIPSegForImageSegmentation``'s folder: size and squeezing as its image processor has them."""
+        size = read_json(folder / PROCESSOR).get("size", {}) if (folder / PROCESSOR).is_file() else {}
+        side = size.get("height", CLIPSEG_SIZE) if isinstance(size, dict) else size
+        network, text = CLIPSeg.from_transformers(folder), TextEncoder(folder, normalize=False)
+        return cls(network, text, None, side, CLIPSEG_THRESHOLD, square=True)
 
 
 def _list_of_strings(name: str, given: Sequence[str] | str) -> list[str]:
@@ -288,10 +243,10 @@ def _list_of_strings(name: str, given: Sequence[str] | str) -> list[str]:
     return [given] if isinstance(given, str) else list(given)
 
 
-def working_image(image: Image.Image, short_side: int) -> Tensor:
-    """(1, 3, h, w) in [0, 1] with the short side at ``short_side`` and the long one at most ``MAX_ASPECT`` times that."""
-    scale = short_side / min(image.size)
-    width, height = (min(round(s * scale), MAX_ASPECT * short_side) for s in image.size)
+def working_image(image: Image.Image, short_side: int, square: bool = False) -> Tensor:
+    """(1, 3, h, w) in [0, 1]: the short side at ``short_side``, the long one at most ``MAX_ASPECT`` times that; or a square."""
+    scale, longest = short_side / min(image.size), 1 if square else MAX_ASPECT
+    width, height = (min(round(s * scale), longest * short_side) for s in image.size)
     resized = image if (width, height) == image.size else image.resize((width, height), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None].float() / 255
 

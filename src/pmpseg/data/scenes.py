@@ -16,6 +16,7 @@ from pmpseg.vocabulary import Vocabulary
 from .base import SegmentationData, SegmentationDataset
 from .scene_drawing import COLOURS, KINDS, SHAPES, STUFF, UNSEEN_STUFF, Scene, draw_scene, group_of
 from .scene_phrases import GROUPS, PHRASE_KINDS, Phrase, absent_phrase, present_phrase
+from .scene_support import class_phrase, support_pool
 
 CLASSES = tuple(f"{c} {s}" for c in COLOURS for s in SHAPES) + STUFF
 CLASS_GROUP = {f"{c} {s}": group_of(c, s) for c in COLOURS for s in SHAPES}
@@ -33,6 +34,7 @@ class Scenes(SegmentationData):
         train_length, val_length, test_length: scenes in each split.
         num_prompts: K, the prompts of a training image; null for all seen classes beside its phrases.
         batch_size, eval_batch_size, num_workers, seed: see ``SegmentationData``.
+        supports: S, other scenes with a mask that go with each prompt to show it (see ``scene_support.py``); 0 for none.
     """
 
     def __init__(
@@ -46,10 +48,14 @@ class Scenes(SegmentationData):
         eval_batch_size: int = 16,
         num_workers: int = 1,
         seed: int = 0,
+        supports: int = 0,
     ) -> None:
+        if supports < 0:
+            raise InputError(f"supports: got {supports}, want 0 or more scenes a prompt")
         if not 64 <= image_size <= 256:
             raise InputError(f"image_size: got {image_size}, want 64 to 256 pixels; things do not grow with the scene")
         super().__init__(image_size, num_prompts, batch_size, eval_batch_size, num_workers, seed)
+        self.supports = supports
         self.lengths = {"train": train_length, "val": val_length, "test": test_length}
         unseen = [i for i, name in enumerate(CLASSES) if CLASS_GROUP[name] != "seen"]
         self.vocabulary = Vocabulary(list(CLASSES), [[name] for name in CLASSES], unseen)
@@ -81,7 +87,7 @@ class SceneDataset(SegmentationDataset):
         asked = self._training_prompts(scene, labels, rng) if self.split == "train" else self.test_phrases(scene, rng)
         asked += [("", None, -1)] * (self._num_prompts() - len(asked))
         masks = [_mask(ask, scene, labels) for _, ask, _ in asked]
-        return {
+        item = {
             "image": torch.from_numpy(scene.image).permute(2, 0, 1),
             "labels": torch.from_numpy(labels.astype(np.int64)),
             "name": f"{self.split}-{index:05d}",
@@ -91,6 +97,11 @@ class SceneDataset(SegmentationDataset):
             "prompt_masks": torch.from_numpy(np.stack(masks)),
             "phrase_kind": [f"{ask.kind} {ask.group}" if isinstance(ask, Phrase) else "" for _, ask, _ in asked],
         }
+        if self.data.supports:
+            pool = support_pool(self.data.seed, self.data.image_size, self.split == "test")
+            phrases = [class_phrase(CLASSES[ask]) if isinstance(ask, int) else ask for _, ask, _ in asked]
+            item |= pool.supports(phrases, self.data.supports, np.random.default_rng([self.seed, index, epoch, 3]))
+        return item
 
     def _num_prompts(self) -> int:
         if self.split != "train":

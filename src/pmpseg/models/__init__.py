@@ -6,7 +6,9 @@ Names are imported when first used, so that `import pmpseg.models` costs nothing
 from importlib import import_module
 
 _HOME = {
+    "CLIPSeg": "clipseg",
     "PMP": "pmp",
+    "PixelPrediction": "prompts",
     "Prediction": "prompts",
     "Prompts": "prompts",
     "RegionClassifier": "region",
@@ -15,7 +17,7 @@ _HOME = {
     "build_backbone": "backbone",
 }
 
-__all__ = ["PMP", "Prediction", "Prompts", "RegionClassifier", "TextEncoder", "as_prompts", "build_backbone"]
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> object:

@@ -168,12 +168,12 @@ def _build_conv(config: dict, weights: str | None) -> Backbone:
     if weights is not None or "blocks" in config or "width" in config:
         raise InputError("backbone 'conv' is trained from scratch; weights, blocks and width are not for it")
     config = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)} | config
-    return Backbone(ConvTower(), _plain(config), ConvTower.channels)
+    return Backbone(ConvTower(), plain(config), ConvTower.channels)
 
 
 def _build_timm(config: dict, weights: str | None) -> Backbone:
-    net = _create_timm(config["name"], weights, config["options"])
-    loaded = load_weights(net, weights, config["name"]) if _is_file(weights) else None
+    net = network_of_timm(config["name"], weights, config["options"])
+    loaded = load_weights(net, weights, config["name"]) if is_file(weights) else None
     config = {"mean": net.pretrained_cfg["mean"], "std": net.pretrained_cfg["std"]} | config
     if len(set(net.feature_info.reduction())) == 1:
         blocks = net.feature_info.info
@@ -187,7 +187,7 @@ def _build_timm(config: dict, weights: str | None) -> Backbone:
         if any(isinstance(module, SwinTransformerBlock) for module in net.modules()):
             pad_then_shift(net)
         pyramid = PyramidTower(net, config["name"], config["norms"])
-        backbone = Backbone(pyramid, _plain(config), pyramid.channels)
+        backbone = Backbone(pyramid, plain(config), pyramid.channels)
     backbone.loaded = loaded
     return backbone
 
@@ -197,7 +197,7 @@ def _on_vit(tower: ViTTower | ClipTower, dim: int, config: dict) -> Backbone:
     if config["width"] < 32 or config["width"] % 32:
         raise InputError(f"backbone got width {config['width']}; wanted a multiple of 32")
     width = config["width"]
-    return Backbone(tower, _plain(config), (width,) * 4, ViTPyramid(dim, len(tower.blocks), width))
+    return Backbone(tower, plain(config), (width,) * 4, ViTPyramid(dim, len(tower.blocks), width))
 
 
 def _blocks(config: dict, depth: int) -> list[int]:
@@ -209,14 +209,15 @@ def _blocks(config: dict, depth: int) -> list[int]:
     return blocks
 
 
-def _create_timm(name: str, weights: str | None, arguments: dict) -> Any:
-    """The network, with random weights or with those that timm itself fetches."""
+def network_of_timm(name: str, weights: str | None, arguments: dict, features_only: bool = True) -> Any:
+    """The network, with random weights or with those that timm itself fetches; as a feature network, or whole."""
     base = name.partition(".")[0]
     if not timm.is_model(base):
         near = ", ".join(difflib.get_close_matches(base, timm.list_models(), n=3)) or "clip"
         raise InputError(f"no backbone is called {name!r}; did you mean {near}? (timm.list_models() has all)")
-    fetched = None if _is_file(weights) else weights
-    options: dict = {"features_only": True, "pretrained": fetched is not None}
+    fetched = None if is_file(weights) else weights
+    options: dict = {"features_only": True} if features_only else {"num_classes": 0}
+    options["pretrained"] = fetched is not None
     if fetched is not None and fetched != "timm":
         options["pretrained_cfg_overlay"] = {"hf_hub_id": fetched.removeprefix("hf-hub:")}
     pretrained_cfg = timm.get_pretrained_cfg(name)
@@ -237,10 +238,10 @@ def _create_timm(name: str, weights: str | None, arguments: dict) -> Any:
         raise InputError(f"cannot build backbone {name!r} with weights {weights!r}: {reason}") from error
 
 
-def _is_file(weights: str | None) -> TypeGuard[str]:
+def is_file(weights: str | None) -> TypeGuard[str]:
     return weights is not None and weights != "timm" and not weights.startswith("hf-hub:")
 
 
-def _plain(config: dict) -> dict:
+def plain(config: dict) -> dict:
     """Lists for tuples, so that JSON gives back the same dict."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}

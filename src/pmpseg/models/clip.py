@@ -16,7 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModelWithProjection, CLIPVisionModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    CLIPSegTextConfig,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPVisionModel,
+)
 from transformers.image_processing_base import ImageProcessingMixin
 
 from ..errors import InputError
@@ -58,16 +66,17 @@ class TextEncoder(nn.Module):
 
         with opening(self.name):
             config = AutoConfig.from_pretrained(self.name)
-            self.is_clip = config.model_type in ("clip", "clip_text_model")
+            self.is_clip = config.model_type in ("clip", "clip_text_model", "clipseg")
             if not self.is_clip and (hasattr(config, "vision_config") or config.is_encoder_decoder):
                 got = config.model_type
                 raise InputError(f"{self.name} is a {got!r} model; wanted a CLIP or a plain text encoder")
-            if config.model_type == "clip":
+            within = {"^clip\\.": ""} if config.model_type == "clipseg" else None  # which holds a whole CLIP
+            if config.model_type in ("clip", "clipseg"):
                 # In a whole CLIP the outer number counts; the text half's own is often just the default.
                 config.text_config.projection_dim = config.projection_dim
                 config = config.text_config
             kind = CLIPTextModelWithProjection if self.is_clip else AutoModel
-            self.model = load_pretrained(kind, self.name, config)
+            self.model = load_pretrained(kind, self.name, config if within is None else as_clip(config), within)
             self.tokenizer = AutoTokenizer.from_pretrained(self.name)
         if self.is_clip:
             self._check_end_of_text()
@@ -208,6 +217,12 @@ class TextEncoder(nn.Module):
                 stacklevel=3,
             )
             config.eos_token_id = self.model.text_model.eos_token_id = end
+
+
+def as_clip(config: CLIPSegTextConfig) -> CLIPTextConfig:
+    """The same numbers under CLIP's name."""
+    known = set(CLIPTextConfig().to_dict()) - {"model_type"}
+    return CLIPTextConfig(**{k: v for k, v in config.to_dict().items() if k in known})
 
 
 def load_clip_vision(name: str | Path, kind: Any = CLIPVisionModel) -> tuple[Any, dict[str, list[float]]]:

@@ -12,13 +12,21 @@ from transformers.utils import logging as hf_logging
 from ..errors import InputError
 
 
-def load_pretrained(kind: Any, name: str, config: PretrainedConfig) -> Any:
-    """`kind.from_pretrained`, in float32 whatever the file holds; weights that are not there are an error."""
-    model, info = kind.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
+def load_pretrained(kind: Any, name: str, config: PretrainedConfig, renamed: dict[str, str] | None = None) -> Any:
+    """`kind.from_pretrained`, in float32 whatever the file holds; weights that are not there are an error.
+
+    renamed: patterns in the file's names, and what stands for them in the model's.
+    """
+    options = {"config": config, "dtype": torch.float32, "output_loading_info": True, "key_mapping": renamed}
+    model, info = kind.from_pretrained(name, **options)
     # Many sentence encoders come without BERT's pooler, which is not read here.
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
     if missing:
         raise InputError(f"{name} lacks {len(missing)} tensors of {type(model).__name__}, first {missing[0]}")
+    if renamed:  # a model that remembers it would be saved under the file's names
+        fresh = kind(config)
+        fresh.load_state_dict(model.state_dict())
+        return fresh.eval()
     return model
 
 

@@ -37,6 +37,10 @@ class PMP(nn.Module):
         num_classes: of a closed list, named where ``prompts`` is None.
     """
 
+    #: A query's score says whether there is something, and its mask where: see ``inference.answers``.
+    by_pixel = False
+    stride = MASK_STRIDE
+
     def __init__(
         self,
         text_dim: int = 512,

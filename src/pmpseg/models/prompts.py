@@ -46,6 +46,15 @@ class Prediction(NamedTuple):
         return self.class_logits.softmax(-1)[..., :-1] if self.fused is None else self.fused
 
 
+class PixelPrediction(NamedTuple):
+    """What a network without queries answers: a mask for each prompt, which no other prompt has a part in.
+
+    logits: (B, K, H, W), before the sigmoid, at the image's size.
+    """
+
+    logits: Tensor
+
+
 @dataclass
 class Prompts:
     """B images with K prompts each.

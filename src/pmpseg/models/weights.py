@@ -22,7 +22,7 @@ def load_weights(net: nn.Module, path: str | Path, name: str) -> str:
     got at all (a head, a final norm), but not more layers of a module: those belong to another network.
     Raises FileNotFoundError, or InputError for a file that cannot be read or does not fit.
     """
-    state = {key: value for key, value in _read(Path(path)).items() if not key.endswith(DERIVED)}
+    state = {key: value for key, value in read_weights(Path(path)).items() if not key.endswith(DERIVED)}
     target = {key: value for key, value in net.state_dict().items() if not key.endswith(DERIVED)}
     found, unused = {}, []
     for key, value in state.items():
@@ -72,7 +72,7 @@ def load_state(network: nn.Module, path: Path, without: str | None = None) -> No
     network.load_state_dict(state, strict=False)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}; wanted a .safetensors or .pth file that exists")
     try:

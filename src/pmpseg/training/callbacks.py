@@ -100,7 +100,7 @@ class RunRecord(Callback):
         folder = Path(trainer.default_root_dir) / "panels"
         folder.mkdir(parents=True, exist_ok=True)
         with whole_file(folder / f"step_{trainer.global_step:06d}.png") as temporary:
-            panel(rows, segmenter.vocabulary.names).save(temporary, "PNG")
+            panel(rows, data.vocabulary.names).save(temporary, "PNG")
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         if not trainer.is_global_zero:
@@ -156,6 +156,7 @@ def example_rows(segmenter: Segmenter, dataset: Any, count: int) -> list[Row]:
         height, width = item["labels"].shape  # the image's own size, which the item's image may have lost
         image = Image.fromarray(item["image"].permute(1, 2, 0).numpy()).resize((width, height), Image.Resampling.BILINEAR)
         if "prompt_masks" not in item:
+            assert segmenter.vocabulary is not None
             names = segmenter.vocabulary.names
             rows.append(Row(image, item["name"], item["labels"].numpy(), segmenter.segment(image, names, together=True).labels))
             continue
