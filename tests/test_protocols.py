@@ -135,14 +135,14 @@ def test_a_prompt_form_by_itself(segmenter):
     with torch.no_grad():
         single = [segmenter.network.embed(visual_prompt(image[k, s, None].float() / 255, mask[k, s, None], size=48))[0]
                   for k, s in ((0, 0), (0, 1), (2, 1))]  # fmt: skip
-        asked, without = PromptForm("image")(segmenter.network, text, image, mask, valid)
-        mixed, _ = PromptForm("mixed", 0.3)(segmenter.network, text, image, mask, valid)
+        asked, without = PromptForm("image")(segmenter.network, text, image[None], mask[None], valid[None])
+        mixed, _ = PromptForm("mixed", 0.3)(segmenter.network, text, image[None], mask[None], valid[None])
     wanted = torch.stack([(single[0] + single[1]) / 2, text.pooled[0, 1], single[2]])
     assert without == 1 and asked.pooled.shape == text.pooled.shape and asked.valid.all()
     torch.testing.assert_close(asked.pooled[0], wanted, rtol=1e-4, atol=1e-4)
     expected = torch.where(torch.tensor([[True], [False], [True]]), 0.3 * text.pooled[0] + 0.7 * wanted, wanted)
     torch.testing.assert_close(mixed.pooled[0], expected, rtol=1e-4, atol=1e-4)
-    nothing = PromptForm("image")(segmenter.network, text, image, mask, torch.zeros(3, 2, dtype=torch.bool))
+    nothing = PromptForm("image")(segmenter.network, text, image[None], mask[None], torch.zeros(1, 3, 2, dtype=torch.bool))
     assert nothing[1] == 3 and torch.equal(nothing[0].pooled, text.pooled)
 
 

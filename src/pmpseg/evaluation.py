@@ -110,21 +110,24 @@ class Evaluator(nn.Module):
             if by_class is None:
                 words = with_synonyms([row[k] for k in asked], self.vocabulary)
                 regions = region.ask(image[i, None], words) if region else None
-                prompts = self._prompts(network, text.encode(words), batch, i, asked)
+                prompts = self._prompts(network, text, words, batch, i, asked)
                 soft, scores = self._ask(network, features.select(i), prompts, regions)
             else:
                 soft, scores = (x[i, None] for x in by_class)
             soft = upsample(soft, image_size, size, network.stride)
             self._score(answers(soft, scores, network.by_pixel)[0], batch, i, asked)
 
-    def _prompts(self, network: Network, words: Prompts, batch: dict[str, Any], i: int, asked: list[int]) -> Prompts:
+    def _prompts(
+        self, network: Network, text: TextEncoder, words: list[str | list[str]], batch: dict[str, Any], i: int, asked: list[int]
+    ) -> Prompts:
         """The prompts ``asked`` of image i in the form that this evaluator asks in."""
+        prompts = text.encode(words)
         if self.form.form == "text":
-            return words
+            return prompts
         if "support_image" not in batch:
             raise InputError("the data gives no support images: set its shots, or supports, to 1 or more, or ask with text")
-        supports = [batch[key][i, asked] for key in ("support_image", "support_mask", "support_valid")]
-        prompts, without = self.form(network, words, *supports)
+        image, mask, valid = (batch[f"support_{key}"][i, asked][None] for key in ("image", "mask", "valid"))
+        prompts, without = self.form(network, prompts, image, mask, valid, text.normalize)
         self.without_support.update(without)
         return prompts
 

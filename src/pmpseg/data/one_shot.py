@@ -14,6 +14,7 @@ import torch
 
 from pmpseg.data.base import SegmentationData, SegmentationDataset
 from pmpseg.data.episodes import MIN_PIXELS, CocoEpisodes, Source, VocEpisodes
+from pmpseg.data.phrase_parts import SIZES, size_word
 from pmpseg.data.sources import read_instances
 from pmpseg.data.transforms import eval_transform, square_transform
 from pmpseg.data.voc import VOC_NAMES, VocImages
@@ -21,7 +22,6 @@ from pmpseg.errors import InputError
 from pmpseg.vocabulary import Vocabulary
 
 FOLDS = 4
-SIZES = (("small", 0.02), ("medium", 0.2), ("large", float("inf")))  # below this share of the image
 
 
 class OneShot(SegmentationData):
@@ -39,7 +39,7 @@ class OneShot(SegmentationData):
     class_list = False  # the classes are not asked together: there is one prompt an image
     ignore_labels = True  # where labels are 255, phrases are not scored
     paper_metrics = "clipseg"
-    phrase_kinds = tuple(name for name, _ in SIZES)
+    phrase_kinds = SIZES
     in_order = True  # queries one after the other, else each drawn by its class
 
     def __init__(
@@ -198,7 +198,6 @@ class Episodes(SegmentationDataset):
     def item(self, index: int, epoch: int) -> dict:
         query, label, supports = self.episode(index, epoch)
         raw = self.source.read(query, label)
-        share = (raw["labels"] == 1).mean()
         sample = self.transform(raw)
         labels = torch.from_numpy(sample["labels"].astype(np.int64))
         item = {
@@ -210,7 +209,7 @@ class Episodes(SegmentationDataset):
             "prompt_class": torch.tensor([label if self.template == "{label}" else -1]),
             "prompt_masks": (labels == 1)[None],
             "phrase_class": torch.tensor([label]),
-            "phrase_kind": [next(name for name, below in SIZES if share < below)],
+            "phrase_kind": [size_word(raw["labels"] == 1)],
         }
         return item | self._supports(label, supports) if self.shots else item
 

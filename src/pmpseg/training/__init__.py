@@ -2,8 +2,12 @@
 
 from importlib import import_module
 
-_HOME = {"PMPModule": "pmpseg.training.pmp", "RegionModule": "pmpseg.training.region"}
-__all__ = ["PMPModule", "RegionModule"]
+_HOME = {
+    "CLIPSegModule": "pmpseg.training.clipseg",
+    "PMPModule": "pmpseg.training.pmp",
+    "RegionModule": "pmpseg.training.region",
+}
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str):

@@ -87,6 +87,7 @@ class RunRecord(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.sanity_checking:
             return
+        self.monitor = getattr(pl_module, "monitor", self.monitor)
         threshold = best_threshold(pl_module.scores)
         chosen = {"threshold": pl_module.hparams.threshold if threshold is None else threshold}
         self.history.append({"step": trainer.global_step, **numbers(pl_module.scores), **chosen})
@@ -125,8 +126,8 @@ class RunRecord(Callback):
 
     def _segmenter(self, trainer: Trainer, module: Any, threshold: float) -> Segmenter:
         data = trainer.datamodule  # type: ignore[attr-defined]
-        source = module.hparams.backbone_weights
-        return Segmenter(module.network, module.text, data.vocabulary, data.image_size, threshold, self.data, source)
+        made = (module.network, module.text, data.vocabulary, data.image_size, threshold, self.data, module.backbone_source)
+        return Segmenter(*made, square=getattr(data, "square", False))
 
     def state_dict(self) -> dict[str, Any]:
         return {"history": self.history}

@@ -5,24 +5,24 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from pmpseg.data.base import IGNORE
 from pmpseg.errors import InputError
-from pmpseg.evaluation import Evaluator, numbers, table
 from pmpseg.hub import shipped_or
 from pmpseg.losses import SetLoss
 from pmpseg.models.backbone import pad_to
 from pmpseg.models.clip import TextEncoder
 from pmpseg.models.pmp import PMP
 
+from .base import EvaluatedModule, prompt_targets
+
 # Parameters that are tables of embeddings, by a part of their names.
 EMBEDDINGS = ("query_decoder.query", "level_embedding", "relative_position_bias_table")
 
 
-class PMPModule(LightningModule):
+class PMPModule(EvaluatedModule):
     """PMP with its frozen text side, its loss and its metrics. What the classes are comes from the data module.
 
     Args:
@@ -147,14 +147,8 @@ class PMPModule(LightningModule):
                 **guidance,
             )
         self.network.to(memory_format=torch.channels_last)  # several times faster for depthwise convolutions on CPUs
+        self.backbone_source = backbone_weights
         self.loss = SetLoss(class_weight, mask_weight, dice_weight, no_object_weight, num_points, pixel_weight=pixel_weight)
-        self.strict_loading = False  # checkpoints leave frozen weights out: they come from where they are named
-
-    def setup(self, stage: str) -> None:
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        self.evaluator = Evaluator.of_data(data, self.hparams["threshold"])
-
-    # ---- training
 
     def training_step(self, batch: dict[str, Any], _: int) -> Tensor:
         prompts = self.text.encode_batch(batch["prompts"])
@@ -183,24 +177,6 @@ class PMPModule(LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.text.forget()  # as a run that is continued from here does
-        learned = {name for name, p in self.named_parameters() if p.requires_grad} | {name for name, _ in self.named_buffers()}
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {k: v for k, v in state.items() if k in learned and not k.startswith("text.")}
-
-    # ---- evaluation
-
-    def validation_step(self, batch: dict[str, Any], _: int) -> None:
-        self.evaluator.update(self.network, self.text, batch)
-
-    def on_validation_epoch_end(self) -> None:
-        self.scores = self.evaluator.compute()
-        self.evaluator.reset()
-        self.log_dict({f"val/{name}": value for name, value in numbers(self.scores).items()})
-        if self.trainer.is_global_zero and not self.trainer.sanity_checking:
-            self.print(f"\nstep {self.global_step}\n{table(self.scores, self.evaluator.vocabulary)}\n")
-
 
 def keep_few(valid: Tensor, present: Tensor, share: float) -> Tensor:
     """Which prompts the queries are asked, (B, K) bool: all ``valid`` ones, or in a share of the rows one to three of them.
@@ -213,13 +189,6 @@ def keep_few(valid: Tensor, present: Tensor, share: float) -> Tensor:
     noise = torch.rand(valid.shape, device=valid.device).masked_fill(~valid, -1).scatter(1, first, 2.0)
     few = noise.argsort(1, descending=True).argsort(1) < torch.randint(1, 4, rows, device=valid.device)
     return torch.where(torch.rand(rows, device=valid.device) < share, few & valid, valid)
-
-
-def prompt_targets(batch: dict[str, Any]) -> Tensor:
-    """The pixels of every prompt of a batch, (B, K, H, W) bool: given as masks, or made from labels on the device."""
-    if "prompt_masks" in batch:
-        return batch["prompt_masks"]
-    return batch["labels"][:, None] == batch["prompt_class"][..., None, None]
 
 
 def parameter_groups(network: PMP, lr: float, backbone_lr_factor: float, weight_decay: float) -> list[dict[str, Any]]:

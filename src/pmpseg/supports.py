@@ -1,0 +1,71 @@
+"""Prompts by example: support images become embeddings beside those of texts, and both are mixed (CLIPSeg, sec. 3.1 and 4).
+
+``embed`` is what maps visually prompted images (N, 3, s, s) in [0, 1] to (N, E) in the space of the texts: a ``CLIPSeg``'s own
+encoder, or a ``TokenBackbone`` of the texts' CLIP beside another network.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .image_prompts import VisualPrompt, visual_prompt
+from .models.prompts import Prompts
+
+AT_ONCE = 64  # images
+
+
+@dataclass(frozen=True)
+class Showing:
+    """How an example is brought before the encoder's eyes; see ``image_prompts.visual_prompt``.
+
+    ``size``: the side of the picture. ``mean``: None, or the encoder's own, for what the paper's code does.
+    """
+
+    size: int
+    preset: str | VisualPrompt = "crop_blur_highlight"
+    mean: Sequence[float] | None = None
+
+    def __call__(self, images: Tensor, masks: Tensor) -> Tensor:
+        return visual_prompt(images, masks, self.preset, self.size, self.mean)
+
+
+def embed_supports(
+    embed: Callable[[Tensor], Tensor], showing: Showing, images: Tensor, masks: Tensor, valid: Tensor
+) -> tuple[Tensor, Tensor]:
+    """S examples of each of K prompts -> the mean of their embeddings (B, K, E), and (B, K) bool: whether there was any.
+
+    images (B, K, S, 3, h, w) uint8, masks (B, K, S, h, w) bool and valid (B, K, S) bool as data modules give them. What is not
+    valid is not embedded.
+    """
+    pictures, masks = images[valid], masks[valid]  # (N, 3, h, w) and (N, h, w)
+    parts = [
+        embed(showing(pictures[start : start + AT_ONCE].float() / 255, masks[start : start + AT_ONCE]))
+        for start in range(0, len(pictures), AT_ONCE)
+    ]
+    if not parts:  # one black picture, so that its width is known, and every process runs the same network
+        parts = [0 * embed(images.new_zeros(1, 3, showing.size, showing.size, dtype=torch.float32))[:0]]
+    found = torch.cat(parts)
+    sums = found.new_zeros(*valid.shape, found.shape[-1])
+    sums[valid] = found
+    return sums.sum(2) / valid.sum(2, keepdim=True).clamp(min=1), valid.any(2)
+
+
+def mix(prompts: Prompts, shown: Tensor, has: Tensor, text_weight: Tensor | float, normalize: bool) -> Prompts:
+    """``text_weight`` * text + (1 - ``text_weight``) * example, where a prompt has one; its text elsewhere.
+
+    shown (B, K, E) and has (B, K) as from ``embed_supports``; text_weight (B, K) or a number, the text's share. ``normalize``:
+    both sides and the sum have length 1, as the texts have. A mixed prompt has no words, hence one token.
+    """
+    weight = torch.as_tensor(text_weight, device=shown.device, dtype=shown.dtype).expand(has.shape)
+    weight = torch.where(has, weight, 1.0).unsqueeze(-1)
+    pooled = weight * prompts.pooled + (1 - weight) * (F.normalize(shown, dim=-1) if normalize else shown)
+    pooled = F.normalize(pooled, dim=-1) if normalize else pooled
+    only_text = weight == 1  # (B, K, 1)
+    tokens = torch.where(only_text.unsqueeze(-1), prompts.tokens, pooled.unsqueeze(2))
+    token_valid = prompts.token_valid.clone()
+    token_valid[..., 1:] &= only_text
+    token_valid[..., 0] |= ~only_text[..., 0]
+    return Prompts(tokens, token_valid, torch.where(only_text, prompts.pooled, pooled), prompts.valid)

@@ -1,0 +1,53 @@
+"""What modules share that are validated by class list and by phrase: evaluator, logs, and checkpoints without frozen weights."""
+
+from typing import Any
+
+from lightning import LightningModule
+from torch import Tensor
+
+from pmpseg.evaluation import Evaluator, numbers, table
+from pmpseg.models.clip import TextEncoder
+
+
+class EvaluatedModule(LightningModule):
+    """A subclass sets ``text`` and ``network`` and has a hyperparameter ``threshold``. The classes are those of the data."""
+
+    text: TextEncoder
+    network: Any
+    #: The name or path of what a frozen encoder was started from, which ``Segmenter.save`` can name in its place.
+    backbone_source: str | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strict_loading = False  # checkpoints leave frozen weights out: they come from where they are named
+
+    def setup(self, stage: str) -> None:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.evaluator = Evaluator.of_data(data, self.hparams["threshold"])
+
+    def from_elsewhere(self, name: str) -> bool:
+        """Whether a frozen parameter comes from a file that the run's settings name."""
+        return True
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.text.forget()  # as a run that is continued from here does
+        left_out = {name for name, p in self.named_parameters() if not p.requires_grad and self.from_elsewhere(name)}
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {k: v for k, v in state.items() if k not in left_out and not k.startswith("text.")}
+
+    def validation_step(self, batch: dict[str, Any], _: int) -> None:
+        self.evaluator.update(self.network, self.text, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self.scores = self.evaluator.compute()
+        self.evaluator.reset()
+        self.log_dict({f"val/{name}": value for name, value in numbers(self.scores).items()})
+        if self.trainer.is_global_zero and not self.trainer.sanity_checking:
+            self.print(f"\nstep {self.global_step}\n{table(self.scores, self.evaluator.vocabulary)}\n")
+
+
+def prompt_targets(batch: dict[str, Any]) -> Tensor:
+    """The pixels of every prompt of a batch, (B, K, H, W) bool: given as masks, or made from labels on the device."""
+    if "prompt_masks" in batch:
+        return batch["prompt_masks"]
+    return batch["labels"][:, None] == batch["prompt_class"][..., None, None]

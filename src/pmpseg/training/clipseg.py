@@ -1,0 +1,186 @@
+"""Training CLIPSeg: a batch of images, phrases and examples -> mixed prompts -> network -> binary cross-entropy -> log.
+
+Source: arXiv 2112.10003, sec. 3.1 and appendix. Only the light decoder learns, on 20,000 batches of 64 at 1e-3. An image may
+bring several phrases at once, which cost next to nothing, since it is encoded once.
+"""
+
+import math
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+from torch.nn import functional as F
+
+from pmpseg.data.base import IGNORE
+from pmpseg.errors import InputError
+from pmpseg.hub import shipped_or
+from pmpseg.losses import mean_over_ranks
+from pmpseg.models.clip import TextEncoder
+from pmpseg.models.clipseg import CLIPSeg
+from pmpseg.supports import Showing, embed_supports, mix
+
+from .base import EvaluatedModule, prompt_targets
+
+
+class CLIPSegModule(EvaluatedModule):
+    """CLIPSeg with its frozen text side, its loss and its metrics. The defaults are the paper's, for a CLIP of any depth.
+
+    Args:
+        text: Hugging Face folder or hub id of a CLIP, whose text side is read; "tiny_clip" ships with pmpseg.
+        templates: each phrase is put into all of them and the embeddings averaged.
+        start_from: folder or hub id of transformers' CLIPSeg, whose network, weights and text side are taken; what is said of the
+            backbone and of the decoder is then not used.
+        backbone: "clip", or a plain ViT of timm (ViTSeg).
+        backbone_weights: null (random), of "clip" a folder or hub id, of timm "timm", a hub id, or a local file.
+        backbone_frozen: the encoder does not learn, as in the paper.
+        backbone_random: take the encoder's shape only and draw its weights anew, the paper's "no CLIP pre-training".
+        backbone_mean: of images in [0, 1]; default: the encoder's own. The paper's code has ImageNet's before CLIP.
+        backbone_std: likewise.
+        blocks: of the encoder, from 0, that the decoder reads; default: where (3, 7, 9) of 12 lie.
+        dim: of the decoder; 64 and 16 in the paper.
+        conditional_layer: the decoder block before which the prompt acts, from 0.
+        num_heads: of the decoder's attention.
+        ffn_dim: of its feed-forward parts.
+        dropout: of the decoder.
+        decoder: transformer, or mlp (CLIP-Deconv).
+        upsampling: transposed, refined (a 3x3 convolution first) or bilinear.
+        image_projection: of a timm encoder's image embedding to the texts' space: learned, or fixed at random (the paper's code).
+        text_weight: range of the text's share in a prompt that has an example; the paper's PC+ has [0, 0.5], [1, 1] is text only.
+        visual_prompt: what is done to an example, see pmpseg.image_prompts.
+        after_normalisation: do it to the normalised image, as the paper's code does.
+        prompt_size: side of the example as the encoder sees it; null: the data's image size.
+        lr: of AdamW.
+        min_lr: to which it falls as a cosine.
+        backbone_lr_factor: how much slower the encoder learns, where it does.
+        weight_decay: of matrices.
+        warmup_steps: of a linear warm-up; the paper has none.
+        threshold: of pixels, in validation; the model that a run saves has one chosen on the validation split.
+    """
+
+    def __init__(
+        self,
+        text: str = "tiny_clip",
+        templates: tuple[str, ...] = ("{}",),
+        start_from: str | None = None,
+        backbone: str = "clip",
+        backbone_weights: str | None = "tiny_clip",
+        backbone_frozen: bool = True,
+        backbone_random: bool = False,
+        backbone_mean: tuple[float, float, float] | None = None,
+        backbone_std: tuple[float, float, float] | None = None,
+        blocks: list[int] | None = None,
+        dim: int = 64,
+        conditional_layer: int = 0,
+        num_heads: int = 4,
+        ffn_dim: int = 2048,
+        dropout: float = 0.1,
+        decoder: Literal["transformer", "mlp"] = "transformer",
+        upsampling: Literal["transposed", "refined", "bilinear"] = "transposed",
+        image_projection: Literal["learned", "fixed"] = "learned",
+        text_weight: tuple[float, float] = (0.0, 1.0),
+        visual_prompt: str = "crop_blur_highlight",
+        after_normalisation: bool = False,
+        prompt_size: int | None = None,
+        lr: float = 1e-3,
+        min_lr: float = 1e-4,
+        backbone_lr_factor: float = 0.1,
+        weight_decay: float = 0.01,
+        warmup_steps: int = 0,
+        threshold: float = 0.3,
+    ) -> None:
+        super().__init__()
+        low, high = text_weight
+        if not 0 <= low <= high <= 1:
+            raise InputError(f"text_weight: got {list(text_weight)}, want [low, high] within 0 to 1, the text's share")
+        self.save_hyperparameters()
+        self.text = TextEncoder(shipped_or(start_from or text), templates, normalize=False)
+        if start_from:
+            self.network = CLIPSeg.from_transformers(shipped_or(start_from))
+        else:
+            self.network = CLIPSeg(
+                text_dim=self.text.dim,
+                backbone=backbone,
+                backbone_weights=backbone_weights and shipped_or(backbone_weights),
+                backbone_frozen=backbone_frozen,
+                backbone_random=backbone_random,
+                backbone_mean=backbone_mean,
+                backbone_std=backbone_std,
+                blocks=blocks,
+                dim=dim,
+                conditional_layer=conditional_layer,
+                num_heads=num_heads,
+                ffn_dim=ffn_dim,
+                dropout=dropout,
+                decoder=decoder,
+                upsampling=upsampling,
+                image_projection=image_projection,
+            )
+        #: What the frozen encoder was started from, where its weights are still those.
+        self.backbone_source = None if start_from or backbone_random else backbone_weights
+        self.showing = showing(self.network.backbone.mean, visual_prompt, after_normalisation, prompt_size or 1)
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        p = self.hparams
+        self.showing = showing(
+            self.network.backbone.mean, p["visual_prompt"], p["after_normalisation"], p["prompt_size"] or data.image_size
+        )
+        if not getattr(data, "supports", 0) and self.network.image_projection is not None:
+            self.network.image_projection.requires_grad_(False)  # which texts never reach
+
+    @property
+    def monitor(self) -> str:
+        """What the best checkpoint is chosen by: no threshold has a part in it."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        return "val/phrase_ap" if getattr(data, "phrase_kinds", ()) else "val/miou"
+
+    def from_elsewhere(self, name: str) -> bool:
+        return not self.hparams["backbone_random"] and name.startswith("network.backbone.tower.")
+
+    def training_step(self, batch: dict[str, Any], _: int) -> Tensor:
+        prompts = self.text.encode_batch(batch["prompts"])
+        if "support_image" in batch:
+            supports = (batch[f"support_{key}"] for key in ("image", "mask", "valid"))
+            shown, has = embed_supports(self.network.embed, self.showing, *supports)
+            low, high = self.hparams["text_weight"]
+            weight = low + (high - low) * torch.rand(has.shape, device=has.device)
+            prompts = mix(prompts, shown, has, weight, self.text.normalize)
+        logits = self.network(batch["image"].float() / 255, prompts)
+        masks = prompt_targets(batch)
+        counted = torch.ones_like(masks[:, 0]) if "prompt_masks" in batch else batch["labels"] != IGNORE
+        loss = mask_loss(logits, masks, counted[:, None] & prompts.valid[..., None, None])
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(masks))
+        return loss
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        steps, p = self.trainer.estimated_stepping_batches, self.hparams
+        groups: dict[tuple[bool, bool], list[Tensor]] = {}
+        for name, parameter in self.network.named_parameters():
+            if parameter.requires_grad:
+                groups.setdefault((name.startswith("backbone."), parameter.ndim < 2), []).append(parameter)
+        slower, decay = p["backbone_lr_factor"], p["weight_decay"]
+        options = [
+            {"params": parameters, "lr": p["lr"] * (slower if old else 1), "weight_decay": 0.0 if flat else decay}
+            for (old, flat), parameters in groups.items()
+        ]
+        lowest = p["min_lr"] / p["lr"]
+
+        def factor(step: int) -> float:
+            warm = min(1.0, (step + 1) / max(1, p["warmup_steps"]))
+            return warm * (lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
+
+        optimizer = torch.optim.AdamW(options)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def showing(mean: Tensor, preset: str, after_normalisation: bool, size: int) -> Showing:
+    return Showing(size, preset, mean.flatten().tolist() if after_normalisation else None)
+
+
+def mask_loss(logits: Tensor, masks: Tensor, counted: Tensor) -> Tensor:
+    """Binary cross-entropy over the pixels that count, their mean over all processes. All (B, K, H, W); the last two bool."""
+    each = F.binary_cross_entropy_with_logits(logits.float(), masks.float(), reduction="none")
+    return (each * counted).sum() / mean_over_ranks(counted.sum().float()).clamp(min=1)
