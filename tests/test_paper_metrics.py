@@ -84,6 +84,29 @@ def test_updates_and_merging_do_not_matter(by_class):
     assert wanted == got and not math.isnan(wanted["miou@0.3"])
 
 
+def in_process(rank, folder):
+    """What a rank of two does: its own share of the samples, more of them than the other's."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    own = slice(0, 6) if rank == 0 else slice(6, 9)
+    parts = [x[own] for x in (*samples(9, seed=5), torch.arange(9) % 3)]
+    for name, metric in (("by_sample", ClipSegMetrics()), ("by_class", ClipSegMetrics(4))):
+        metric.update(*parts)
+        torch.save(metric.compute(), f"{folder}/{name}_{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_give_the_metrics_of_one(tmp_path):
+    torch.multiprocessing.spawn(in_process, (str(tmp_path),), nprocs=2)
+    for name, metric in (("by_sample", ClipSegMetrics()), ("by_class", ClipSegMetrics(4))):
+        metric.update(*samples(9, seed=5), torch.arange(9) % 3)
+        wanted = metric.compute()
+        curve = wanted.pop("curve")
+        for rank in range(2):
+            got = torch.load(tmp_path / f"{name}_{rank}.pt")
+            assert got.pop("curve")["miou"].equal(curve["miou"]) and got == wanted
+
+
 def test_states_are_sums_that_do_not_grow_with_the_data():
     metric = ClipSegMetrics()
     before = {name: value.shape for name, value in metric.metric_state.items()}
