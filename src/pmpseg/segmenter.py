@@ -10,6 +10,7 @@ Model folders are described in ``storage``. No lightning is imported here.
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from .errors import InputError
 from .hub import model_folder
+from .image_prompts import ImagePrompt
 from .images import read_image
 from .inference import Encoded, Network, ask_one_by_one, ask_together, semantic_labels, soft_masks, with_synonyms
 from .models.clip import TextEncoder
@@ -71,6 +73,7 @@ class Segmenter:
         self.network, self.text, self.vocabulary = network.eval(), text.eval(), vocabulary
         self.showing, self.image_encoder = showing or Showing(image_size), image_encoder and image_encoder.eval()
         self.region = region and region.eval()
+        self._embeddings: WeakKeyDictionary[ImagePrompt, Tensor] = WeakKeyDictionary()
         self.image_size, self.threshold, self.square = image_size, threshold, square
         self.data, self.backbone_weights = data, backbone_weights
 
@@ -148,10 +151,16 @@ class Segmenter:
         shown, has = torch.zeros_like(encoded.pooled), torch.zeros_like(encoded.valid)
         for k, some in enumerate(examples):
             if some:
-                pictures = [self.showing(*(x.to(self.device) for x in one.tensors())) for one in some]
-                shown[0, k], has[0, k] = self.embed(torch.cat(pictures)).mean(0), True
+                shown[0, k], has[0, k] = torch.cat([self._embedding(one) for one in some]).mean(0), True
         weight = [text_share(prompt) for prompt in prompts]
         return mix(encoded, shown, has, torch.tensor([weight], device=self.device), self.text.normalize)
+
+    def _embedding(self, example: ImagePrompt) -> Tensor:
+        """(1, E), remembered as long as the example lives: a folder of images is asked with one."""
+        if example not in self._embeddings:
+            picture = self.showing(*(x.to(self.device) for x in example.tensors()))
+            self._embeddings[example] = self.embed(picture)
+        return self._embeddings[example].to(self.device)
 
     @torch.inference_mode()
     def panoptic(

@@ -88,9 +88,8 @@ def read_model(folder: Path) -> dict[str, Any]:
     kind: type[PMP] | type[CLIPSeg] = CLIPSeg if config["architecture"] == "CLIPSeg" else PMP
     try:
         network = kind(**config["network"], backbone_weights=tower and shipped_or(tower["name"]))
-        showing = Showing(**config.get("showing", {"size": config["image_size"]}))
     except TypeError as error:
-        raise InputError(f"{folder / 'config.json'}: it does not describe a {kind.__name__} ({error})") from None
+        raise InputError(f"{folder / 'config.json'}: 'network' does not describe a {kind.__name__} ({error})") from None
     if tower:
         _check_reference("backbone", tower, network.backbone.tower)
     load_state(network, folder / "model.safetensors", without=TOWER if tower else None)
@@ -108,7 +107,7 @@ def read_model(folder: Path) -> dict[str, Any]:
         "backbone_weights": tower and tower["name"],
         "region": RegionStage.read(folder / "region", shared=text) if (folder / "region").exists() else None,
         "square": config.get("square", False),
-        "showing": showing,
+        "showing": Showing(**config.get("showing", {"size": config["image_size"]})),
         "image_encoder": encoder,
     }
 
