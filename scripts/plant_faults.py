@@ -64,7 +64,7 @@ FAULTS = {
     "a visual prompt repeats the border that it mirrors": ("image_prompts.py", "period = max(2 * (length - 1), 1)", "period = max(2 * length - 1, 1)", "test_image_prompts.py"),
     "the background is dimmed towards black, whatever the mean": ("image_prompts.py", "background = nothing + settings.background * (background - nothing)", "background = settings.background * background", "test_image_prompts.py"),
     "crops grow by their longer side": ("image_prompts.py", "for side in (x1 - x0, y1 - y0))", "for side in [max(x1 - x0, y1 - y0)] * 2)", "test_image_prompts.py"),
-    "crops grow by the error of 0.1": ("image_prompts.py", "math.ceil(context * side - 1e-6)", "math.ceil(context * side)", "test_image_prompts.py"),
+    "crops grow by a rounding error": ("image_prompts.py", "math.ceil(context * side - 1e-6)", "math.ceil(context * side)", "test_image_prompts.py"),
     "crops are put into the corner of their square": ("image_prompts.py", "top, left = (side - height) // 2, (side - width) // 2", "top = left = 0", "test_image_prompts.py"),
     "an opaque mask is all object": ("image_prompts.py", "if alpha.min() < 255:", "if True:", "test_image_prompts.py"),
     "a palette's numbers are a mask": ("image_prompts.py", 'picture.mode not in ("1", "L", "F")', 'picture.mode not in ("1", "L", "F", "P")', "test_image_prompts.py"),
