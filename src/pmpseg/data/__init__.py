@@ -5,11 +5,14 @@ from importlib import import_module
 _HOME = {
     "Scenes": "pmpseg.data.scenes",
     "FolderData": "pmpseg.data.folder",
+    "CocoPhrases": "pmpseg.data.coco_phrases",
     "Pairs": "pmpseg.data.pairs",
+    "PhraseCut": "pmpseg.data.phrasecut",
+    "PhraseData": "pmpseg.data.phrases",
     "SceneRegions": "pmpseg.data.scene_regions",
     "SegmentationData": "pmpseg.data.base",
 }
-__all__ = ["FolderData", "Pairs", "SceneRegions", "Scenes", "SegmentationData"]
+__all__ = ["CocoPhrases", "FolderData", "Pairs", "PhraseCut", "PhraseData", "SceneRegions", "Scenes", "SegmentationData"]
 
 
 def __getattr__(name: str):

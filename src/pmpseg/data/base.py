@@ -2,8 +2,9 @@
 
 An item is a dict: image (3, H, W) uint8, labels (H, W) int64 with 255 = ignore, name str, index int, prompts
 (a list of K strings, "" = padding), prompt_class (K,) int64 (-1 where a prompt is no class), and, where
-prompts are phrases or classes that overlap, prompt_masks (K, H, W) bool and phrase_kind (K strings). In
-evaluation labels and prompt_masks may be larger than the image: answers are scored at the image's own size.
+prompts are phrases or classes that overlap, prompt_masks (K, H, W) bool and phrase_kind (K strings), perhaps
+phrase_class (K,) int64. In evaluation labels and prompt_masks may be larger than the image: answers are scored
+at the image's own size.
 
 With visual support an item also has, for each prompt, S other images of one size that show it: support_image
 (K, S, 3, h, w) uint8, support_mask (K, S, h, w) bool, and support_valid (K, S) bool, False where there is none
@@ -174,8 +175,8 @@ class UnpaddedSampler(DistributedSampler):
 
 def collate(samples: list[dict]) -> dict:
     """B items -> image (B, 3, H, W), labels (B, H, W), index (B,), prompt_class (B, K) and, where the items
-    have them, prompt_masks (B, K, H, W), support_image (B, K, S, 3, h, w), support_mask and support_valid as
-    tensors; name, prompts and phrase_kind as lists of B.
+    have them, prompt_masks (B, K, H, W), phrase_class (B, K), support_image (B, K, S, 3, h, w), support_mask and
+    support_valid as tensors; name, prompts and phrase_kind as lists of B.
     """
     for key in ("image", "labels"):
         shapes = sorted({tuple(sample[key].shape[-2:]) for sample in samples})
@@ -183,7 +184,7 @@ def collate(samples: list[dict]) -> dict:
             raise InputError(
                 f"{key} of {shapes[0]} and {shapes[1]} pixels make no batch: set eval_batch_size to 1"
             )
-    keys = ("image", "labels", "prompt_class", "prompt_masks", "support_image", "support_mask", "support_valid")
+    keys = ("image", "labels", "prompt_class", "prompt_masks", "phrase_class", "support_image", "support_mask", "support_valid")
     tensors = [key for key in keys if key in samples[0]]
     lists = [key for key in ("name", "prompts", "phrase_kind") if key in samples[0]]
     batch = {key: torch.stack([torch.as_tensor(sample[key]) for sample in samples]) for key in tensors}

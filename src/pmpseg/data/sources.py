@@ -45,7 +45,7 @@ class MaskFolder:
                     raise InputError(
                         f"{mask_file} is a {mask.mode} picture: a mask has one channel of class indices"
                     )
-                (width, height), (mask_width, mask_height) = _upright_size(image), _upright_size(mask)
+                (width, height), (mask_width, mask_height) = upright_size(image), upright_size(mask)
             if (width, height) != (mask_width, mask_height):
                 sizes = f"{mask_file} is {mask_width}x{mask_height}, its image {width}x{height}"
                 raise InputError(f"{sizes}: a mask must have the size of its image (turned as its EXIF says)")
@@ -103,7 +103,7 @@ class CocoInstances:
         """Compare every image's size with the JSON's (headers only)."""
         for file, entry in zip(self.files, self._images, strict=True):
             with open_image(file) as image:
-                width, height = _upright_size(image)
+                width, height = upright_size(image)
             if (width, height) != (entry["width"], entry["height"]):
                 wanted = f"{entry['width']}x{entry['height']}"
                 raise InputError(
@@ -130,6 +130,19 @@ class CocoInstances:
             "masks": np.array([masks[label] for label in classes], dtype=bool).reshape(-1, *shape),
             "classes": np.array(classes, dtype=np.int64),
         }
+
+    def classes(self, index: int) -> list[int]:
+        """The classes that are annotated in an image, without reading anything."""
+        return sorted({self._class_of[a["category_id"]] for a in self._annotations[self._images[index]["id"]]})
+
+    def class_mask(self, index: int, label: int) -> np.ndarray:
+        """(H, W) bool: the instances of one class in an image, united, crowds included."""
+        entry = self._images[index]
+        mask = np.zeros((entry["height"], entry["width"]), dtype=bool)
+        for annotation in self._annotations[entry["id"]]:
+            if self._class_of[annotation["category_id"]] == label:
+                mask |= self._mask(annotation, mask.shape)
+        return mask
 
     def _mask(self, annotation: dict, shape: tuple[int, int]) -> np.ndarray:
         segmentation = annotation["segmentation"]
@@ -179,7 +192,7 @@ def open_image(path: Path) -> Image.Image:
         raise InputError(f"{path}: cannot be read as an image ({reason})") from None
 
 
-def _upright_size(image: Image.Image) -> tuple[int, int]:
+def upright_size(image: Image.Image) -> tuple[int, int]:
     """(width, height) after the turn that the EXIF asks for, without reading pixels."""
     width, height = image.size
     if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):

@@ -93,20 +93,20 @@ def _eval(sample: dict, size: int, resize_labels: bool) -> dict:
     height, width = sample["image"].shape[:2]
     factor = size / min(height, width)
     shape = (round(height * factor), round(width * factor))
-    result = {**sample, "image": _resize(sample["image"], shape)}
+    result = {**sample, "image": resize(sample["image"], shape)}
     if resize_labels:
-        result |= {key: _nearest(sample[key], shape) for key in ("labels", "masks") if key in sample}
+        result |= {key: nearest(sample[key], shape) for key in ("labels", "masks") if key in sample}
     return result
 
 
-def _resize(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+def resize(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """(H, W, 3) uint8 -> (h, w, 3); PIL smooths when it shrinks."""
     if image.shape[:2] == shape:
         return image
     return np.array(Image.fromarray(image).resize(shape[::-1], Image.Resampling.BILINEAR))
 
 
-def _nearest(labels: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+def nearest(labels: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """(..., H, W) of any type -> (..., h, w), each pixel from the one under its centre."""
     rows, columns = (
         ((np.arange(new) + 0.5) * (old / new)).astype(int)
