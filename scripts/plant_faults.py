@@ -61,6 +61,17 @@ FAULTS = {
     "every step draws the same": ("training/resume.py", "[self.seed, number, trainer.global_rank]", "[self.seed, 0, trainer.global_rank]", "test_resume.py"),
     "the last validation image counts twice": ("data/base.py", "self.own = range(rank, len(dataset), world_size)", "self.own = [i % len(dataset) for i in range(rank, len(dataset) + -len(dataset) % world_size, world_size)]", "test_folder.py test_properties.py"),
     "masks are not flipped with their image": ("data/transforms.py", 'outputs["mask"].astype(', 'outputs["mask"][:, ::-1].astype(', "test_transforms.py"),
+    "a visual prompt repeats the border that it mirrors": ("image_prompts.py", "period = max(2 * (length - 1), 1)", "period = max(2 * length - 1, 1)", "test_image_prompts.py"),
+    "the background is dimmed towards black, whatever the mean": ("image_prompts.py", "background = nothing + settings.background * (background - nothing)", "background = settings.background * background", "test_image_prompts.py"),
+    "crops grow by their longer side": ("image_prompts.py", "for side in (x1 - x0, y1 - y0))", "for side in [max(x1 - x0, y1 - y0)] * 2)", "test_image_prompts.py"),
+    "crops grow by a rounding error": ("image_prompts.py", "math.ceil(context * side - 1e-6)", "math.ceil(context * side)", "test_image_prompts.py"),
+    "crops are put into the corner of their square": ("image_prompts.py", "top, left = (side - height) // 2, (side - width) // 2", "top = left = 0", "test_image_prompts.py"),
+    "an opaque mask is all object": ("image_prompts.py", "if alpha.min() < 255:", "if True:", "test_image_prompts.py"),
+    "a palette's numbers are a mask": ("image_prompts.py", 'picture.mode not in ("1", "L", "F")', 'picture.mode not in ("1", "L", "F", "P")', "test_image_prompts.py"),
+    "a support of too few pixels": ("data/scene_support.py", "np.count_nonzero(mask) >= SMALLEST", "np.count_nonzero(mask)", "test_scene_support.py"),
+    "supports of training come from test scenes": ("data/scenes.py", 'self.split == "test")', "True)", "test_scene_support.py"),
+    "supports are the same in every epoch": ("data/scenes.py", "[self.seed, index, epoch, 3]", "[self.seed, index, 0, 3]", "test_scene_support.py"),
+    "supports are the training scenes": ("data/scene_support.py", "False: 3_000_003", "False: 0", "test_scene_support.py"),
     "an absent class counts as 0": ("metrics.py", "iou = ratio.where(truth > 0, torch.nan)", "iou = ratio", "test_metrics.py"),
 }
 

@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from pmpseg import cli
 from pmpseg.data.image_store import ImageStore
-from pmpseg.data.phrasecut import SPLITS, WRONG_SIZE, WRONG_SIZE_FILE, find_images, read_list, read_sizes
+from pmpseg.data.phrasecut import SPLITS
+from pmpseg.data.phrasecut_files import WRONG_SIZE, WRONG_SIZE_FILE, find_images, read_list, read_sizes
 from pmpseg.errors import InputError
 
 PHRASES = {"train": 310_816, "val": 20_316, "test": 14_354, "miniv": 821}

@@ -8,8 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
+from pmpseg.data import CocoPhrases, PhraseCut
 from pmpseg.data.scene_drawing import STUFF, Scene, draw_scene
 from pmpseg.data.scene_phrases import Phrase, present_phrase
 
@@ -145,3 +147,40 @@ def outline(chain: list[tuple[int, int, int]]) -> list[list[int]]:
     down = [[left, y] for row, left, _ in chain for y in (row, row + 1)]
     up = [[right, y] for row, _, right in reversed(chain) for y in (row + 1, row)]
     return down + up
+
+
+# ---- what tests of phrases share
+
+
+def write_squares(folder: Path) -> Path:
+    """Images of 100 x 60 pixels. 1 has a "red car" and a "dog"; 2 a "car"; 3 a "dog" and a "cat"."""
+    told = {1: {"red car": (0, 10), "dog": (80, 100)}, 2: {"car": (40, 60)}, 3: {"dog": (0, 30), "cat": (90, 91)}}
+    images, tasks = [], []
+    (folder / "images").mkdir(parents=True)
+    for identity, phrases in told.items():
+        rng = np.random.default_rng(identity)
+        Image.fromarray(rng.integers(0, 256, (60, 100, 3), np.uint8)).save(folder / f"images/{identity}.jpg", quality=95)
+        images.append({"image_id": identity, "width": 100, "height": 60, "split": "train", "url": ""})
+        for number, (phrase, (left, right)) in enumerate(phrases.items()):
+            *attributes, name = phrase.split()
+            structure = {"name": name, "attributes": attributes, "relation_ids": [], "relation_descriptions": []}
+            box = [[left, 0], [right, 0], [right, 30], [left, 30]]
+            tasks.append(task_of(identity, number, phrase, structure | {"type": "name"}, [[box]]))
+    return write_lists(folder, images, {"train": tasks, "val": tasks, "test": tasks})
+
+
+def make(root: Path, **changes) -> PhraseCut:
+    plain = {"image_size": 64, "negatives": 0.0, "prefixes": "plain", "num_workers": 0, "batch_size": 4}
+    return PhraseCut(str(root), **plain | changes)
+
+
+def items_of(data: PhraseCut | CocoPhrases, split: str = "train", epochs: int = 1) -> list[dict]:
+    dataset = data.dataset(split)
+    return [dataset[(epoch, index)] for epoch in range(epochs) for index in range(len(dataset))]
+
+
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(
+        torch.equal(value, other[key]) if isinstance(value, torch.Tensor) else value == other[key]
+        for key, value in one.items()
+    )

@@ -2,22 +2,28 @@
 
 import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny_clip import make_tiny_clip
 from tiny_clipseg import tiny_clipseg, write_clipseg
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, CLIPModel
 
-from pmpseg import Segmenter
+from pmpseg import ImagePrompt, MixedPrompt, Segmenter, predict
 from pmpseg.errors import InputError
+from pmpseg.image_prompts import visual_prompt
 from pmpseg.inference import answers, ask_one_by_one, ask_together, semantic_labels, soft_masks
-from pmpseg.models import CLIPSeg, PixelPrediction, TextEncoder
+from pmpseg.models import PMP, CLIPSeg, PixelPrediction, TextEncoder
 from pmpseg.models.clipseg import DecoderBlock, Spread
 from pmpseg.models.token_towers import build_token_backbone
+from pmpseg.segmenter import working_image
+from pmpseg.supports import Showing, embed_supports, mix
+from pmpseg.vocabulary import Vocabulary
 
 VISION = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "num_channels": 3}
 VISION |= {"image_size": 224, "patch_size": 16, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 512}
@@ -354,3 +360,132 @@ def test_a_segmenter_of_clipseg_has_no_instances_and_no_second_stage(clip):
     assert segmenter.segment(picture, ["grass"], together=True).labels.shape == (20, 30)
     with pytest.raises(InputError, match="no queries to tell instances apart"):
         segmenter.panoptic(picture, ["grass"])
+
+
+# ---- prompts by example
+
+
+@pytest.fixture
+def asked(clip):
+    return Segmenter(small(clip), TextEncoder(clip, normalize=False), None, 64)
+
+
+def picture_and_mask(seed=0):
+    rng = np.random.default_rng(seed)
+    mask = np.zeros((40, 56), bool)
+    mask[8:30, 10:33] = True
+    return rng.integers(0, 256, (40, 56, 3), dtype=np.uint8), mask
+
+
+def test_examples_and_mixes_beside_words(asked):
+    query = picture_and_mask(5)[0]
+    one, two = ImagePrompt(*picture_and_mask(1)), ImagePrompt(*picture_and_mask(2))
+    prompts = ["grass", one, MixedPrompt("grass", [one, two], 0.25), MixedPrompt(None, [two]), MixedPrompt("grass", [])]
+    answer = asked.segment(query, prompts)
+    assert answer.prompts == ["grass", "example 2", "grass + example", "example 4", "grass"]
+    # By hand: raw embeddings, examples averaged first, the text's share in the sum.
+    shown = [visual_prompt(*p.tensors(), size=64) for p in (one, two)]
+    with torch.no_grad():
+        a, b = (asked.network.embed(x)[0] for x in shown)
+        grass = asked.text.encode(["grass"]).pooled[0, 0]
+        by_hand = torch.stack([grass, a, 0.25 * grass + 0.75 * (a + b) / 2, b, grass])
+        want = asked.network(working_image(Image.fromarray(query), 64), by_hand).sigmoid()
+    torch.testing.assert_close(answer.soft, want[0])
+    assert (answer.soft[0] - answer.soft[1]).abs().max() > 1e-3
+
+
+def test_an_example_is_embedded_once(asked, monkeypatch):
+    calls = []
+    embed = asked.network.embed
+    monkeypatch.setattr(asked.network, "embed", lambda x: calls.append(len(x)) or embed(x))
+    example = ImagePrompt(*picture_and_mask(1))
+    first, second = (asked.segment(picture_and_mask(seed)[0], [example]) for seed in (3, 4))
+    assert calls == [1] and (first.soft - second.soft).abs().max() > 1e-3
+
+
+def test_embeddings_of_supports(clip):
+    network, showing = small(clip), Showing(32, "crop")
+    images = torch.randint(0, 256, (2, 3, 2, 3, 40, 40), dtype=torch.uint8)
+    masks = torch.zeros(2, 3, 2, 40, 40, dtype=torch.bool)
+    masks[..., 5:20, 7:30] = True
+    valid = torch.tensor([[[1, 1], [1, 0], [0, 0]], [[0, 1], [0, 0], [1, 1]]], dtype=torch.bool)
+    with torch.no_grad():
+        shown, has = embed_supports(network.embed, showing, images, masks, valid)
+        assert torch.equal(has, valid.any(2)) and shown[~has].abs().max() == 0
+        for b, k in has.nonzero().tolist():
+            own = [network.embed(showing(images[b, k, s, None] / 255, masks[b, k, s, None])) for s in range(2) if valid[b, k, s]]
+            torch.testing.assert_close(shown[b, k], torch.cat(own).mean(0), atol=1e-5, rtol=1e-5)
+        none, has = embed_supports(network.embed, showing, images, masks, valid & False)
+        assert not has.any() and none.shape == (2, 3, 24) and none.abs().max() == 0
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_mixing_leaves_what_has_no_example(clip, normalize):
+    text = TextEncoder(clip, normalize=normalize).encode(["red circle", "grass", "a a a"])
+    shown, has = torch.randn(1, 3, 24), torch.tensor([[True, False, True]])
+    mixed = mix(text, shown, has, torch.tensor([[0.0, 0.0, 1.0]]), normalize)
+    assert torch.equal(mixed.pooled[0, 1:], text.pooled[0, 1:]) and torch.equal(mixed.tokens[0, 1:], text.tokens[0, 1:])
+    want = F.normalize(shown[0, 0], dim=0) if normalize else shown[0, 0]
+    torch.testing.assert_close(mixed.pooled[0, 0], want)
+    assert mixed.token_valid[0, 0].tolist() == [True] + [False] * (text.tokens.shape[2] - 1)
+    torch.testing.assert_close(mixed.tokens[0, 0, 0], want)
+    half = mix(text, shown, has, 0.5, normalize).pooled[0, 0]
+    want = (text.pooled[0, 0] + want) / 2
+    torch.testing.assert_close(half, F.normalize(want, dim=0) if normalize else want)
+
+
+def test_a_model_of_words_refuses_examples(clip):
+    network = PMP(text_dim=24, backbone="conv", dim=32, num_queries=4, num_layers=1, num_heads=4, ffn_dim=32)
+    segmenter = Segmenter(network, TextEncoder(clip), Vocabulary.of(["grass"]), 64)
+    with pytest.raises(InputError, match="takes no images as prompts"):
+        segmenter.segment(picture_and_mask()[0], [ImagePrompt(*picture_and_mask())])
+    # With an encoder beside it, it takes them, and keeps it in its folder.
+    segmenter.image_encoder = build_token_backbone("clip", clip).eval()
+    answer = segmenter.segment(picture_and_mask()[0], [ImagePrompt(*picture_and_mask())])
+    assert answer.mask(0).shape == (40, 56)
+
+
+def test_an_image_encoder_is_saved(clip, tmp_path):
+    network = PMP(text_dim=24, backbone="conv", dim=32, num_queries=4, num_layers=1, num_heads=4, ffn_dim=32)
+    made = Segmenter(network, TextEncoder(clip), Vocabulary.of(["grass"]), 64, image_encoder=build_token_backbone("clip", clip))
+    again = Segmenter.load(made.save(tmp_path / "model"))
+    query, example = picture_and_mask()[0], ImagePrompt(*picture_and_mask(1))
+    torch.testing.assert_close(again.segment(query, [example]).soft, made.segment(query, [example]).soft, atol=1e-6, rtol=1e-5)
+
+
+def test_predict_by_example(clip, tmp_path, capsys):
+    model = Segmenter(small(clip), TextEncoder(clip, normalize=False), None, 64, square=True).save(tmp_path / "model")
+    picture, mask = picture_and_mask(1)
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    command = [str(model), str(tmp_path / "a.png"), "--out", str(tmp_path / "out")]
+    example = ["--prompt-image", str(tmp_path / "a.png"), "--prompt-mask", str(tmp_path / "m.png")]
+    assert predict.main([*command, "--prompts", "grass", *example]) == 0
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"a_overlay.png", "a_mask_00_grass.png", "a_mask_01_example-a.png", "predictions.json"}
+    assert predict.main([*command, "--prompts", "grass", *example, "--text-weight", "0.3"]) == 0
+    found = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert [c["name"] for c in found["categories"]] == ["grass + example"] and len(found["annotations"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "nothing is asked"),
+        (["--prompt-image", "no.png"], "no.png: no such file"),
+        (["--prompt-image", "a.png", "--prompt-mask", "m.png", "--prompt-mask", "m.png"], "a mask for each, or none"),
+        (["--prompts", "a; b", "--prompt-image", "a.png", "--text-weight", "0.5"], "got 2 prompts and 1 examples"),
+        (["--prompts", "a", "--prompt-image", "a.png", "--text-weight", "2"], "text-weight: got 2, want 0"),
+        (["--prompt-image", "a.png", "--prompt-mask", "small.png"], "got 5 x 5 pixels for an image of 56 x 40"),
+    ],
+)
+def test_bad_examples_are_one_line_and_leave_nothing(clip, tmp_path, monkeypatch, options, message):
+    model = Segmenter(small(clip), TextEncoder(clip, normalize=False), None, 64).save(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    picture, mask = picture_and_mask(1)
+    Image.fromarray(picture).save("a.png")
+    Image.fromarray(mask).save("m.png")
+    Image.fromarray(mask[:5, :5] | True).save("small.png")
+    with pytest.raises(InputError, match=message):
+        predict.main([str(model), "a.png", "--out", "out", *options])
+    assert not Path("out").exists()

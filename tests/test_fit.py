@@ -16,7 +16,7 @@ from pmpseg import Segmenter, evaluate, fit, predict
 from pmpseg.errors import InputError
 from pmpseg.hub import shipped_or
 from pmpseg.models import build_backbone
-from pmpseg.segmenter import weights_hash
+from pmpseg.storage import weights_hash
 
 CONF = Path(__file__).parents[1] / "conf"
 OPTIONS = (

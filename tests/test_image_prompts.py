@@ -163,16 +163,15 @@ def test_flips_commute(preset):
     assert np.abs(out - np.flip(out, 1)).max() > 0.1
 
 
-@pytest.mark.parametrize("side", [10, 30, 70, 170])
-def test_a_crop_grows_by_whole_tenths_exactly(side):
-    """0.1 * 30 is a little more than 3; that must not cost a pixel."""
+@pytest.mark.parametrize("context, side, grow", [(0.1, 10, 1), (0.1, 30, 3), (0.1, 61, 7), (0.5, 7, 4), (0.07, 100, 7)])
+def test_a_crop_grows_by_whole_pixels(context, side, grow):
+    """Outwards; 0.07 * 100 is a little more than 7, and that must not cost a pixel."""
     image = np.random.default_rng(0).random((200, 200, 3)).astype(np.float32)
     mask = np.zeros((200, 200), bool)
     mask[18 : 18 + side, 18 : 18 + side] = True
-    grow = side // 10
-    inside = slice(max(18 - grow, 0), 18 + side + grow)
-    expected = image[inside, inside]
-    assert np.abs(run(image, mask, "crop", expected.shape[0]) - expected).max() < 1e-6
+    expected = image[18 - grow : 18 + side + grow, 18 - grow : 18 + side + grow]
+    given = run(image, mask, VisualPrompt(context=context), expected.shape[0])
+    assert np.abs(given - expected).max() < 1e-6
 
 
 @pytest.mark.parametrize("preset", PRESETS)

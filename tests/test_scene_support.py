@@ -136,6 +136,13 @@ def test_supports_are_a_function_of_seed_epoch_and_index():
         assert not torch.equal(first["support_image"], other["support_image"])
 
 
+def test_an_epoch_draws_anew():
+    """The first prompts of the same index in two epochs would often get the same scene, if they searched in the same order."""
+    dataset = scenes(supports=1, num_prompts=5).dataset("train")
+    pairs = [[dataset[epoch, i]["support_image"][0] for epoch in (0, 1)] for i in range(60)]
+    assert sum(torch.equal(a, b) for a, b in pairs) <= 2
+
+
 def test_supports_do_not_depend_on_workers():
     def batches(workers: int) -> list[dict]:
         data = Scenes(train_length=8, batch_size=4, num_prompts=6, supports=1, num_workers=workers)

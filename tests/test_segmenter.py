@@ -13,7 +13,8 @@ from pmpseg import Segmenter, hub, inference, rle
 from pmpseg.errors import InputError
 from pmpseg.evaluation import Evaluator
 from pmpseg.models import PMP, TextEncoder
-from pmpseg.segmenter import NOTHING, weights_hash
+from pmpseg.segmenter import NOTHING
+from pmpseg.storage import weights_hash
 from pmpseg.vocabulary import Vocabulary
 
 

@@ -9,17 +9,18 @@ and Lightning only to train.
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pmpseg.image_prompts import ImagePrompt, MixedPrompt
     from pmpseg.segmenter import Segmentation, Segmenter
 
 __version__ = "0.1.0"
-__all__ = ["Segmentation", "Segmenter"]
+__all__ = ["ImagePrompt", "MixedPrompt", "Segmentation", "Segmenter"]
 
 
 def __getattr__(name: str) -> object:
     if name in __all__:
-        from pmpseg import segmenter
+        from pmpseg import image_prompts, segmenter
 
-        return getattr(segmenter, name)
+        return getattr(image_prompts if name.endswith("Prompt") else segmenter, name)
     raise AttributeError(f"module 'pmpseg' has no attribute {name!r}")
 
 

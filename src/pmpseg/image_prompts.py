@@ -83,6 +83,9 @@ def visual_prompt(
     ``mean``: None darkens and pads towards black. Three numbers give what comes of doing it to the image normalised with this
     mean (and whatever deviation) and undoing the normalisation afterwards: the background and the padding go towards the mean.
     Red is red in both cases. The arithmetic is float32 for any type, and under autocast.
+
+    The blur counts in pixels of the images as they come, which in the paper are 352 on a side: a photo of thousands is hardly
+    blurred unless it is made smaller first.
     """
     settings = _settings(preset)
     _check(images, masks, size, mean)
@@ -247,7 +250,7 @@ def _boxes(inside: Tensor, context: float | None) -> list[tuple[int, int, int, i
         return [(0, 0, width, height)] * len(inside)
     boxes = []
     for x0, y0, x1, y1 in boxes_of(inside).tolist():  # one wait for the GPU
-        dx, dy = (math.ceil(context * side - 1e-6) for side in (x1 - x0, y1 - y0))  # 0.1 * 30 is 3.0000000000000004
+        dx, dy = (math.ceil(context * side - 1e-6) for side in (x1 - x0, y1 - y0))  # 0.07 * 100 is 7.000000000000001
         boxes.append((max(x0 - dx, 0), max(y0 - dy, 0), min(x1 + dx, width), min(y1 + dy, height)))
     return boxes
 

@@ -1,5 +1,7 @@
 """``python -m pmpseg.predict MODEL IMAGE_OR_FOLDER --prompts "red circle; stripes" --out DIR``.
 
+A model that takes examples may also be asked with ``--prompt-image A.jpg --prompt-mask A.png``.
+
 Writes, for each image NAME, ``NAME_overlay.png`` and a mask (0 or 255) for each prompt,
 ``NAME_mask_00_red-circle.png``, and for all together ``predictions.json`` in COCO's format, masks as run
 lengths. Sub-folders are kept. Never imports lightning, and torch only after the arguments are known to be
@@ -34,16 +36,18 @@ SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns 1 where files of a folder could not be read, else 0. Raises ``InputError``."""
     args = parse_arguments(arguments)
-    prompts = Vocabulary.read(args.names_from).names if args.names_from else parse_prompts(args.prompts)
+    prompts = Vocabulary.read(args.names_from).names if args.names_from else parse_prompts(args.prompts) if args.prompts else []
+    check_examples(args, prompts)
     images = list_images(args.images, args.out)
     model = model_folder(args.model)
-    args.out.mkdir(parents=True, exist_ok=True)
 
     from tqdm import tqdm
 
     from pmpseg.segmenter import Segmenter
 
     segmenter = Segmenter.load(model, device=choose_device(args.device))
+    asked, prompts = with_examples(prompts, args)
+    args.out.mkdir(parents=True, exist_ok=True)
     if args.region:
         from pmpseg.region_stage import RegionStage
 
@@ -67,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise
             tqdm.write(f"pmpseg: skipped: {error}", file=sys.stderr)
             continue
-        answer = segmenter.segment(image, prompts, threshold=args.threshold, together=args.together)
+        answer = segmenter.segment(image, asked, threshold=args.threshold, together=args.together)
         write_pictures(answer, prompts, args.out / name)
         number = len(found["images"])
         file_name = path.name if path == args.images else path.relative_to(args.images).as_posix()
@@ -75,12 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             {"id": number, "file_name": file_name, "width": image.width, "height": image.height}
         )
         for annotation in answer.to_coco():
-            ids = {
-                "id": len(found["annotations"]),
-                "image_id": number,
-                "category_id": prompts.index(annotation["prompt"]),
-            }
-            found["annotations"].append({**ids, **annotation, "iscrowd": 0})
+            place = len(found["annotations"]) % len(prompts)  # there is one for each prompt
+            ids = {"id": len(found["annotations"]), "image_id": number, "category_id": place}
+            found["annotations"].append({**ids, **annotation, "prompt": prompts[place], "iscrowd": 0})
     seconds = time.perf_counter() - started
     with whole_file(args.out / "predictions.json") as temporary:
         temporary.write_text(json.dumps(found), encoding="utf-8")
@@ -98,10 +99,32 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("model", metavar="MODEL", help="the model/ folder of a run, or a hub id")
     parser.add_argument("images", metavar="IMAGE_OR_FOLDER", type=Path, help="sub-folders are searched too")
-    asked = parser.add_mutually_exclusive_group(required=True)
+    asked = parser.add_mutually_exclusive_group()
     asked.add_argument("--prompts", metavar='"A; B"', help="words or phrases, separated by semicolons")
     asked.add_argument(
         "--names-from", metavar="FILE", type=Path, help="a class list (conf/vocab/*.txt): a prompt a class"
+    )
+    parser.add_argument(
+        "--prompt-image",
+        metavar="FILE",
+        type=Path,
+        action="append",
+        default=[],
+        help="an example of what is wanted, for a model that takes examples (CLIPSeg); several are taken together",
+    )
+    parser.add_argument(
+        "--prompt-mask",
+        metavar="FILE",
+        type=Path,
+        action="append",
+        default=[],
+        help="a PNG of the example's size, black outside the object; one for each example, or none: the whole images",
+    )
+    parser.add_argument(
+        "--text-weight",
+        metavar="W",
+        type=float,
+        help="ask one prompt and the examples as one thing, with this share of the words, 0 to 1; otherwise by themselves",
     )
     parser.add_argument(
         "--out", metavar="DIR", type=Path, required=True, help="where the pictures and the JSON go"
@@ -130,6 +153,37 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     if args.together and args.threshold is not None:
         raise InputError("--threshold is for prompts asked alone: add --no-together, or leave it out")
     return args
+
+
+def check_examples(args: argparse.Namespace, prompts: Sequence[str]) -> None:
+    images, masks = args.prompt_image, args.prompt_mask
+    if not prompts and not images:
+        raise InputError('nothing is asked: give --prompts "A; B", --names-from FILE, or --prompt-image FILE')
+    if masks and len(masks) != len(images):
+        raise InputError(f"got {len(images)} --prompt-image and {len(masks)} --prompt-mask: give a mask for each, or none")
+    if missing := [path for path in (*images, *masks) if not path.is_file()]:
+        raise InputError(f"{missing[0]}: no such file")
+    if args.text_weight is None:
+        return
+    if not 0 <= args.text_weight <= 1:
+        raise InputError(f"--text-weight: got {args.text_weight:g}, want 0 (examples only) to 1 (words only)")
+    if len(prompts) != 1 or not images:
+        raise InputError(f"--text-weight mixes one prompt with examples: got {len(prompts)} prompts and {len(images)} examples")
+
+
+def with_examples(prompts: list[str], args: argparse.Namespace) -> tuple[list[Any], list[str]]:
+    """What is asked, the examples included, and the names of it, each only once."""
+    if not args.prompt_image:
+        return list(prompts), prompts
+    from pmpseg.image_prompts import ImagePrompt, MixedPrompt
+
+    masks: list[Path | None] = args.prompt_mask or [None] * len(args.prompt_image)
+    examples = [ImagePrompt(image, mask) for image, mask in zip(args.prompt_image, masks, strict=True)]
+    for example in examples:
+        example.tensors()  # what is wrong with the files is said now
+    if args.text_weight is not None:
+        return [MixedPrompt(prompts[0], examples, args.text_weight)], [f"{prompts[0]} + example"]
+    return [*prompts, MixedPrompt(None, examples)], [*prompts, f"example {args.prompt_image[0].stem}"]
 
 
 def check_threshold(value: float | None) -> None:

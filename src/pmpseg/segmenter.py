@@ -1,47 +1,42 @@
-"""Segmenter: a trained model as users hold it. Load it, give it an image and words, get masks.
+"""Segmenter: a trained model as users hold it. Load it, give it an image and words, or examples, get masks.
 
     segmenter = Segmenter.load("runs/scenes/model")
     answer = segmenter.segment("photo.jpg", ["red circle", "grass"])
     answer.overlay().save("answer.png")
 
-A model folder holds ``config.json``, ``model.safetensors``, ``vocabulary.txt`` and ``text_encoder/`` (a Hugging Face folder), and
-``region/`` where there is a second stage: all that is needed on another machine. No lightning is imported here.
+Model folders are described in ``storage``. No lightning is imported here.
 """
 
-import hashlib
-import json
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from .errors import InputError
-from .hub import FORMAT, check_free, foreign_type, model_folder, public_name, read_config, read_json, shipped_or
+from .hub import model_folder
+from .image_prompts import ImagePrompt
 from .images import read_image
 from .inference import Encoded, Network, ask_one_by_one, ask_together, semantic_labels, soft_masks, with_synonyms
 from .models.clip import TextEncoder
 from .models.clipseg import CLIPSeg
-from .models.pmp import PMP
 from .models.prompts import PixelPrediction, Prompts
 from .models.region import Regions
-from .models.weights import load_state
+from .models.token_towers import TokenBackbone
 from .panoptic import Segment, panoptic
 from .region_stage import RegionStage
 from .segmentation import NOTHING, Segmentation
+from .storage import read_model, write_model
+from .supports import Prompt, Showing, examples_of, list_of_prompts, mix, names_of, text_share
 from .vocabulary import Vocabulary
 
-__all__ = ["NOTHING", "Segmentation", "Segmenter", "weights_hash", "working_image"]
+__all__ = ["NOTHING", "Segmentation", "Segmenter", "working_image"]
 
 MAX_ASPECT = 8  # an image more elongated than this is squeezed for the network
-CLIPSEG_SIZE, CLIPSEG_THRESHOLD = 352, 0.3  # of the paper; its table 3
-PROCESSOR = "preprocessor_config.json"
-TOWER = "backbone.tower."  # the part of the network that may come from elsewhere
 
 
 class Segmenter:
@@ -57,6 +52,8 @@ class Segmenter:
         region: a second stage that names the network's masks again by what a CLIP sees in them. Scores change with it: choose the
             threshold anew.
         square: the network sees images squeezed to a square, as CLIPSeg's own code does; otherwise the aspect is kept.
+        showing: how examples are shown to the encoder that embeds them, where it is not the default.
+        image_encoder: what embeds them beside a network that does not, as a PMP.
     """
 
     def __init__(
@@ -70,9 +67,13 @@ class Segmenter:
         backbone_weights: str | None = None,
         region: RegionStage | None = None,
         square: bool = False,
+        showing: Showing | None = None,
+        image_encoder: TokenBackbone | None = None,
     ) -> None:
         self.network, self.text, self.vocabulary = network.eval(), text.eval(), vocabulary
+        self.showing, self.image_encoder = showing or Showing(image_size), image_encoder and image_encoder.eval()
         self.region = region and region.eval()
+        self._embeddings: WeakKeyDictionary[ImagePrompt, Tensor] = WeakKeyDictionary()
         self.image_size, self.threshold, self.square = image_size, threshold, square
         self.data, self.backbone_weights = data, backbone_weights
 
@@ -83,6 +84,8 @@ class Segmenter:
     def to(self, device: str | torch.device) -> "Segmenter":
         self.network.to(device)
         self.text.to(device)
+        if self.image_encoder is not None:
+            self.image_encoder.to(device)
         if self.region is not None:
             self.region.to(device)
         return self
@@ -91,11 +94,13 @@ class Segmenter:
     def segment(
         self,
         image: "str | Path | Image.Image | np.ndarray",
-        prompts: Sequence[str] | str,
+        prompts: Sequence[Prompt] | Prompt,
         threshold: float | None = None,
         together: bool = False,
     ) -> Segmentation:
         """The masks of ``prompts`` in ``image`` (see ``images.read_image``), at the image's own size.
+
+        A prompt is a string; an ``ImagePrompt``, an example; or a ``MixedPrompt`` of both.
 
         Each prompt is asked alone, the image being encoded once; its mask is empty unless its score is above ``threshold``
         (default: the model's own). ``together`` asks them as one list of classes, of which every pixel gets the best: faster,
@@ -103,8 +108,8 @@ class Segmenter:
         """
         if threshold is not None and not 0 <= threshold < 1:
             raise InputError(f"threshold: got {threshold}, want 0 to below 1, or None for the model's own")
-        prompts = _list_of_strings("prompts", prompts)
-        picture, tensor, features, encoded, regions = self._asked(image, prompts)
+        asked = list_of_prompts(prompts)
+        picture, tensor, features, encoded, regions = self._asked(image, asked)
         image_size, size = (tensor.shape[-2], tensor.shape[-1]), (picture.height, picture.width)
         labels = None
         if together:
@@ -115,17 +120,47 @@ class Segmenter:
             soft, scores = ask_one_by_one(self.network, features, encoded, regions=regions)
         threshold = self.threshold if threshold is None else threshold
         found = (scores[0].cpu().numpy(), soft[0].cpu(), threshold, image_size, labels)
-        return Segmentation(picture, prompts, *found, stride=self.network.stride, by_pixel=self.network.by_pixel)
+        return Segmentation(picture, names_of(asked), *found, stride=self.network.stride, by_pixel=self.network.by_pixel)
 
     def _asked(
-        self, image: "str | Path | Image.Image | np.ndarray", prompts: list[str]
+        self, image: "str | Path | Image.Image | np.ndarray", prompts: list[Prompt]
     ) -> tuple[Image.Image, Tensor, Encoded, Prompts, Regions | None]:
         """The picture, as the network sees it, what it sees in it, and what both stages are asked."""
-        picture, words = read_image(image), with_synonyms(prompts, self.vocabulary)
-        encoded = self.text.encode(words)
+        picture = read_image(image)
+        words = with_synonyms(names_of(prompts, text_only=True), self.vocabulary)
+        encoded = self._with_examples(self.text.encode(words), prompts)
         tensor = working_image(picture, self.image_size, self.square).to(self.device)
         regions = None if self.region is None else self.region.ask(tensor, words)
         return picture, tensor, self.network.encode(tensor), encoded, regions
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Visually prompted images (N, 3, s, s) in [0, 1] -> (N, E). Raises InputError where the model takes words only."""
+        if self.image_encoder is not None:
+            return self.image_encoder.embed(images)
+        if isinstance(self.network, CLIPSeg):
+            return self.network.embed(images)
+        raise InputError("this model takes no images as prompts: ask it with words, or use a CLIPSeg")
+
+    def _with_examples(self, encoded: Prompts, prompts: list[Prompt]) -> Prompts:
+        """``encoded`` texts, with the examples of those prompts that have some in their place, or mixed in."""
+        examples = [examples_of(prompt) for prompt in prompts]
+        if not any(examples):
+            return encoded
+        if self.region is not None:
+            raise InputError("a second stage names masks by words only: ask with words, or leave region out")
+        shown, has = torch.zeros_like(encoded.pooled), torch.zeros_like(encoded.valid)
+        for k, some in enumerate(examples):
+            if some:
+                shown[0, k], has[0, k] = torch.cat([self._embedding(one) for one in some]).mean(0), True
+        weight = [text_share(prompt) for prompt in prompts]
+        return mix(encoded, shown, has, torch.tensor([weight], device=self.device), self.text.normalize)
+
+    def _embedding(self, example: ImagePrompt) -> Tensor:
+        """(1, E), remembered as long as the example lives: a folder of images is asked with one."""
+        if example not in self._embeddings:
+            picture = self.showing(*(x.to(self.device) for x in example.tensors()))
+            self._embeddings[example] = self.embed(picture)
+        return self._embeddings[example].to(self.device)
 
     @torch.inference_mode()
     def panoptic(
@@ -147,7 +182,7 @@ class Segmenter:
         for name, value in (("threshold", threshold), ("overlap", overlap)):
             if not 0 <= value <= 1:
                 raise InputError(f"{name}: got {value}, want 0 to 1")
-        picture, tensor, features, encoded, regions = self._asked(image, prompts)
+        picture, tensor, features, encoded, regions = self._asked(image, list(prompts))
         prediction = ask_together(self.network, features, encoded, regions)
         if isinstance(prediction, PixelPrediction):
             raise InputError("panoptic: this model has no queries to tell instances apart; use segment, or a PMP")
@@ -156,50 +191,13 @@ class Segmenter:
         (answer,) = panoptic(prediction, image_size, size, apart, threshold, overlap)
         return answer[0].cpu().numpy(), answer[1]
 
-    # ---- files
-
     def save(self, folder: str | Path, encoders: str = "copy") -> Path:
         """Writes the model folder, whole or not at all; replaces an earlier model or an empty folder, and nothing else.
 
         ``encoders``: "copy" puts the text encoder into the folder; "reference" leaves its name and the hash of its weights, which
         must be found again, and be the same, where the model is loaded. So also for a frozen backbone with ``backbone_weights``.
         """
-        if encoders not in ("copy", "reference"):
-            raise InputError(f"encoders: got {encoders!r}, want 'copy' or 'reference'")
-        folder = Path(folder)
-        check_free(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        config: dict[str, Any] = {
-            "format": FORMAT,
-            "architecture": type(self.network).__name__,
-            "network": self.network.config,
-            "text": {"templates": list(self.text.templates), "normalize": self.text.normalize},
-            "image_size": self.image_size,
-            "threshold": self.threshold,
-            "square": self.square,
-            "data": self.data,
-        }
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as work:
-            part = Path(work) / "new"
-            part.mkdir()
-            state = {k: v.detach().cpu().contiguous() for k, v in self.network.state_dict().items()}
-            if encoders == "copy":
-                self.text.save(part / "text_encoder")
-            else:
-                config["text"] |= _reference(self.text.name, self.text)
-                if self.backbone_weights and self.network.config["backbone_frozen"]:
-                    config["backbone_weights"] = _reference(self.backbone_weights, self.network.backbone.tower)
-                    state = {k: v for k, v in state.items() if not k.startswith(TOWER)}
-            save_file(state, part / "model.safetensors")
-            if self.region is not None:
-                self.region.write(part / "region", shared=self.text)
-            if self.vocabulary is not None:
-                self.vocabulary.write(part / "vocabulary.txt")
-            (part / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-            if folder.exists():
-                folder.rename(Path(work) / "old")
-            part.rename(folder)
-        return folder
+        return write_model(self, Path(folder), encoders)
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Segmenter":
@@ -207,34 +205,7 @@ class Segmenter:
 
         Raises InputError where something is missing, foreign or broken.
         """
-        folder = model_folder(folder)
-        if foreign_type(folder) == "clipseg":
-            return cls._of_transformers(folder).to(device)
-        config = read_config(folder)
-        text = _load_text(folder, config["text"])
-        tower = config.get("backbone_weights")  # of a frozen one that is not in the folder
-        kind: type[PMP] | type[CLIPSeg] = CLIPSeg if config["architecture"] == "CLIPSeg" else PMP
-        try:
-            network = kind(**config["network"], backbone_weights=tower and shipped_or(tower["name"]))
-        except TypeError as error:
-            raise InputError(f"{folder / 'config.json'}: 'network' does not describe a {kind.__name__} ({error})") from None
-        if tower:
-            _check_reference("backbone", tower, network.backbone.tower)
-        load_state(network, folder / "model.safetensors", without=TOWER if tower else None)
-        words = folder / "vocabulary.txt"
-        vocabulary = Vocabulary.read(words) if words.exists() or kind is PMP else None
-        data, source = config.get("data"), tower and tower["name"]
-        region = RegionStage.read(folder / "region", shared=text) if (folder / "region").exists() else None
-        size, threshold, square = config["image_size"], config["threshold"], config.get("square", False)
-        return cls(network, text, vocabulary, size, threshold, data, source, region, square).to(device)
-
-    @classmethod
-    def _of_transformers(cls, folder: Path) -> "Segmenter":
-        """A ``CLIPSegForImageSegmentation``'s folder: size and squeezing as its image processor has them."""
-        size = read_json(folder / PROCESSOR).get("size", {}) if (folder / PROCESSOR).is_file() else {}
-        side = size.get("height", CLIPSEG_SIZE) if isinstance(size, dict) else size
-        network, text = CLIPSeg.from_transformers(folder), TextEncoder(folder, normalize=False)
-        return cls(network, text, None, side, CLIPSEG_THRESHOLD, square=True)
+        return cls(**read_model(model_folder(folder))).to(device)
 
 
 def _list_of_strings(name: str, given: Sequence[str] | str) -> list[str]:
@@ -251,30 +222,3 @@ def working_image(image: Image.Image, short_side: int, square: bool = False) -> 
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None].float() / 255
 
 
-def weights_hash(module: nn.Module) -> str:
-    """SHA-256 over the names and values of all weights, whatever file they came from."""
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _reference(name: str, module: nn.Module) -> dict[str, str]:
-    return {"name": public_name(name), "sha256": weights_hash(module)}
-
-
-def _check_reference(what: str, reference: dict[str, str], module: nn.Module) -> None:
-    if weights_hash(module) != reference["sha256"]:
-        name = reference["name"]
-        raise InputError(f"{what} {name}: its weights are not those that the model was trained with (SHA-256 differs)")
-
-
-def _load_text(folder: Path, config: dict[str, Any]) -> TextEncoder:
-    name = shipped_or(config["name"]) if "name" in config else folder / "text_encoder"
-    if "name" not in config and not Path(name).is_dir():
-        raise InputError(f"{name}: no such folder; the model folder is not complete: copy or save the model again")
-    text = TextEncoder(name, config["templates"], config["normalize"])
-    if "name" in config:
-        _check_reference("text encoder", config, text)
-    return text

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .image_prompts import VisualPrompt, visual_prompt
+from .errors import InputError
+from .image_prompts import ImagePrompt, MixedPrompt, VisualPrompt, visual_prompt
 from .models.prompts import Prompts
 
 AT_ONCE = 64  # images
+Prompt = str | ImagePrompt | MixedPrompt
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,10 @@ class Showing:
     size: int
     preset: str | VisualPrompt = "crop_blur_highlight"
     mean: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.preset, dict):  # from a model's config.json
+            object.__setattr__(self, "preset", VisualPrompt(**self.preset))
 
     def __call__(self, images: Tensor, masks: Tensor) -> Tensor:
         return visual_prompt(images, masks, self.preset, self.size, self.mean)
@@ -69,3 +75,31 @@ def mix(prompts: Prompts, shown: Tensor, has: Tensor, text_weight: Tensor | floa
     token_valid[..., 1:] &= only_text
     token_valid[..., 0] |= ~only_text[..., 0]
     return Prompts(tokens, token_valid, torch.where(only_text, prompts.pooled, pooled), prompts.valid)
+
+
+def list_of_prompts(given: Sequence[Prompt] | Prompt) -> list[Prompt]:
+    prompts = [given] if isinstance(given, Prompt) else list(given) if isinstance(given, Sequence) else [given]
+    if wrong := [p for p in prompts if not isinstance(p, Prompt)]:
+        raise InputError(f"prompts: got {wrong[0]!r:.80}, want a string, an ImagePrompt, a MixedPrompt or a list of them")
+    return prompts
+
+
+def names_of(prompts: Sequence[Prompt], text_only: bool = False) -> list[str]:
+    """What stands under a picture for each prompt; or the text that is encoded, in which an example has no part."""
+    names = []
+    for number, prompt in enumerate(prompts, 1):
+        text = prompt if isinstance(prompt, str) else prompt.text if isinstance(prompt, MixedPrompt) else None
+        mixed = isinstance(prompt, MixedPrompt) and prompt.images and not text_only
+        names.append(f"example {number}" if text is None else f"{text} + example" if mixed else text)
+    return names
+
+
+def text_share(prompt: Prompt) -> float:
+    """The text's part in a prompt: none in an example's, all in a string."""
+    if isinstance(prompt, MixedPrompt):
+        return prompt.text_weight if prompt.text is not None else 0.0
+    return float(isinstance(prompt, str))
+
+
+def examples_of(prompt: Prompt) -> Sequence[ImagePrompt]:
+    return prompt.images if isinstance(prompt, MixedPrompt) else [prompt] if isinstance(prompt, ImagePrompt) else []

@@ -14,7 +14,9 @@ from pmpseg.errors import InputError
 from pmpseg.images import read_image
 from pmpseg.vocabulary import Vocabulary
 
-from .phrases import PhraseData, PhraseSource
+from .phrase_dataset import PhraseSource
+from .phrase_parts import SIZES
+from .phrases import PhraseData
 from .sources import CocoInstances, read_instances
 
 
@@ -26,6 +28,8 @@ class CocoPhrases(PhraseData):
     the order of their ids; a phrase is a class's name, and ``phrase_class`` its index. The other arguments are explained at
     ``PhraseData``. Everything is checked at start; raises ``InputError`` with the file's name for what is missing or wrong.
     """
+
+    phrase_kinds = SIZES
 
     def __init__(
         self,

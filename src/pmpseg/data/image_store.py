@@ -6,7 +6,9 @@ Each process that reads opens a zip for itself, once: a handle shared by a loade
 import io
 import os
 import zipfile
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -47,23 +49,14 @@ class ImageStore:
         place, path = self._at(name)
         if place.is_dir():
             return np.array(read_image(place / path))
-        try:
-            with Image.open(self._bytes(name)) as image:
-                return np.array(read_image(image))
-        except (OSError, SyntaxError, ValueError, zipfile.BadZipFile, Image.DecompressionBombError) as error:
-            raise InputError(f"{place}: {path} in it cannot be read as an image ({error})") from None
+        with self._from_zip(name) as image:
+            return np.array(read_image(image))
 
     def size(self, name: str) -> tuple[int, int]:
         """(width, height), upright, without reading pixels."""
         place, path = self._at(name)
-        if place.is_dir():
-            with open_image(place / path) as image:
-                return upright_size(image)
-        try:
-            with Image.open(self._bytes(name)) as image:
-                return upright_size(image)
-        except (OSError, zipfile.BadZipFile, Image.DecompressionBombError) as error:
-            raise InputError(f"{place}: {path} in it cannot be read as an image ({error})") from None
+        with open_image(place / path) if place.is_dir() else self._from_zip(name) as image:
+            return upright_size(image)
 
     def where(self, name: str) -> str:
         """The file's name for a message."""
@@ -80,12 +73,17 @@ class ImageStore:
     def described(self) -> str:
         return ", ".join(map(str, self.places))
 
-    def _bytes(self, name: str) -> io.BytesIO:
+    @contextmanager
+    def _from_zip(self, name: str) -> Iterator[Image.Image]:
         number, path = self._found[name]
         key = os.getpid(), number
-        if key not in self._open:
-            self._open[key] = zipfile.ZipFile(self.places[number])
-        return io.BytesIO(self._open[key].read(path))
+        try:
+            if key not in self._open:
+                self._open[key] = zipfile.ZipFile(self.places[number])
+            with Image.open(io.BytesIO(self._open[key].read(path))) as image:
+                yield image
+        except (OSError, SyntaxError, ValueError, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError) as error:
+            raise InputError(f"{self.places[number]}: {path} in it cannot be read as an image ({error})") from None
 
     @staticmethod
     def _listed(place: Path) -> list[str]:

@@ -123,6 +123,11 @@ class CLIPSeg(nn.Module):
         self.config: dict[str, Any] = {k: v for k, v in given.items() if k not in left_out}
         self.config |= {"backbone_config": self.backbone.config}
 
+    @property
+    def mean(self) -> Tensor:
+        """Of the images in [0, 1] that the encoder normalises, (1, 3, 1, 1)."""
+        return self.backbone.mean
+
     @classmethod
     def from_transformers(cls, source: Any) -> "CLIPSeg":
         """A ``CLIPSegForImageSegmentation`` (a model, its folder or a hub id), plain or refined, with its weights and answers.

@@ -6,6 +6,7 @@ up to the last chosen one, an image prompt's embedding takes all.
 Letters: B images, N = C + h * w tokens of which C come before the patches (a class token, registers), W the width.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,8 @@ def build_token_backbone(
         tower.apply(_draw_anew)
     depth = tower.depth
     config = own | config
-    config["blocks"] = list(config.get("blocks") or [round(b * depth / PAPER_DEPTH) for b in PAPER_BLOCKS])
+    at_same_depth = sorted({math.floor((b + 1) * depth / PAPER_DEPTH + 0.5) - 1 for b in PAPER_BLOCKS})
+    config["blocks"] = list(config.get("blocks") or at_same_depth)
     wrong = [b for b in config["blocks"] if not 0 <= b < depth]
     if wrong or len(set(config["blocks"])) < len(config["blocks"]):
         raise InputError(f"blocks: got {config['blocks']}, want some of 0 to {depth - 1}, each once; {name!r} has {depth} blocks")

@@ -2,15 +2,23 @@
 
 from typing import Any
 
+import torch
 from lightning import LightningModule
 from torch import Tensor
 
+from pmpseg.errors import InputError
 from pmpseg.evaluation import Evaluator, numbers, table
 from pmpseg.models.clip import TextEncoder
+from pmpseg.models.prompts import Prompts
+from pmpseg.supports import Showing, embed_supports, mix
 
 
 class EvaluatedModule(LightningModule):
-    """A subclass sets ``text`` and ``network`` and has a hyperparameter ``threshold``. The classes are those of the data."""
+    """A subclass sets ``text`` and ``network`` and has a hyperparameter ``threshold``. The classes are those of the data.
+
+    One that can learn from examples has the hyperparameters ``text_weight``, ``visual_prompt``, ``after_normalisation`` and
+    ``prompt_size``, and an ``embedder``.
+    """
 
     text: TextEncoder
     network: Any
@@ -24,6 +32,30 @@ class EvaluatedModule(LightningModule):
     def setup(self, stage: str) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         self.evaluator = Evaluator.of_data(data, self.hparams["threshold"])
+        if self.embedder is not None:
+            self.show_as(data.image_size)
+
+    @property
+    def embedder(self) -> Any:
+        """What embeds examples, with ``embed`` and ``mean``; None if the network learns from words only."""
+        return None
+
+    def show_as(self, image_size: int) -> None:
+        """How examples are shown, as the hyperparameters say; ``image_size`` is the data's."""
+        p = self.hparams
+        mean = self.embedder.mean.flatten().tolist() if p["after_normalisation"] else None
+        self.showing = Showing(p["prompt_size"] or image_size, p["visual_prompt"], mean)
+
+    def prompts_of(self, batch: dict[str, Any]) -> Prompts:
+        """A training batch's prompts: its texts, mixed with its examples in random shares within ``text_weight``."""
+        prompts = self.text.encode_batch(batch["prompts"])
+        if "support_image" not in batch or self.embedder is None:
+            return prompts
+        supports = (batch[f"support_{key}"] for key in ("image", "mask", "valid"))
+        shown, has = embed_supports(self.embedder.embed, self.showing, *supports)
+        low, high = self.hparams["text_weight"]
+        weight = low + (high - low) * torch.rand(has.shape, device=has.device)
+        return mix(prompts, shown, has, weight, self.text.normalize)
 
     def from_elsewhere(self, name: str) -> bool:
         """Whether a frozen parameter comes from a file that the run's settings name."""
@@ -44,6 +76,12 @@ class EvaluatedModule(LightningModule):
         self.log_dict({f"val/{name}": value for name, value in numbers(self.scores).items()})
         if self.trainer.is_global_zero and not self.trainer.sanity_checking:
             self.print(f"\nstep {self.global_step}\n{table(self.scores, self.evaluator.vocabulary)}\n")
+
+
+def check_text_weight(text_weight: tuple[float, float]) -> None:
+    low, high = text_weight
+    if not 0 <= low <= high <= 1:
+        raise InputError(f"text_weight: got {list(text_weight)}, want [low, high] within 0 to 1, the text's share")
 
 
 def prompt_targets(batch: dict[str, Any]) -> Tensor:

@@ -127,7 +127,12 @@ class RunRecord(Callback):
     def _segmenter(self, trainer: Trainer, module: Any, threshold: float) -> Segmenter:
         data = trainer.datamodule  # type: ignore[attr-defined]
         made = (module.network, module.text, data.vocabulary, data.image_size, threshold, self.data, module.backbone_source)
-        return Segmenter(*made, square=getattr(data, "square", False))
+        return Segmenter(
+            *made,
+            square=getattr(data, "square", False),
+            showing=getattr(module, "showing", None),
+            image_encoder=getattr(module, "image_encoder", None),
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {"history": self.history}

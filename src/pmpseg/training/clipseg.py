@@ -13,14 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pmpseg.data.base import IGNORE
-from pmpseg.errors import InputError
 from pmpseg.hub import shipped_or
 from pmpseg.losses import mean_over_ranks
 from pmpseg.models.clip import TextEncoder
 from pmpseg.models.clipseg import CLIPSeg
-from pmpseg.supports import Showing, embed_supports, mix
 
-from .base import EvaluatedModule, prompt_targets
+from .base import EvaluatedModule, check_text_weight, prompt_targets
 
 
 class CLIPSegModule(EvaluatedModule):
@@ -90,9 +88,7 @@ class CLIPSegModule(EvaluatedModule):
         threshold: float = 0.3,
     ) -> None:
         super().__init__()
-        low, high = text_weight
-        if not 0 <= low <= high <= 1:
-            raise InputError(f"text_weight: got {list(text_weight)}, want [low, high] within 0 to 1, the text's share")
+        check_text_weight(text_weight)
         self.save_hyperparameters()
         self.text = TextEncoder(shipped_or(start_from or text), templates, normalize=False)
         if start_from:
@@ -118,17 +114,16 @@ class CLIPSegModule(EvaluatedModule):
             )
         #: What the frozen encoder was started from, where its weights are still those.
         self.backbone_source = None if start_from or backbone_random else backbone_weights
-        self.showing = showing(self.network.backbone.mean, visual_prompt, after_normalisation, prompt_size or 1)
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        p = self.hparams
-        self.showing = showing(
-            self.network.backbone.mean, p["visual_prompt"], p["after_normalisation"], p["prompt_size"] or data.image_size
-        )
         if not getattr(data, "supports", 0) and self.network.image_projection is not None:
             self.network.image_projection.requires_grad_(False)  # which texts never reach
+
+    @property
+    def embedder(self) -> Any:
+        return self.network
 
     @property
     def monitor(self) -> str:
@@ -140,13 +135,7 @@ class CLIPSegModule(EvaluatedModule):
         return not self.hparams["backbone_random"] and name.startswith("network.backbone.tower.")
 
     def training_step(self, batch: dict[str, Any], _: int) -> Tensor:
-        prompts = self.text.encode_batch(batch["prompts"])
-        if "support_image" in batch:
-            supports = (batch[f"support_{key}"] for key in ("image", "mask", "valid"))
-            shown, has = embed_supports(self.network.embed, self.showing, *supports)
-            low, high = self.hparams["text_weight"]
-            weight = low + (high - low) * torch.rand(has.shape, device=has.device)
-            prompts = mix(prompts, shown, has, weight, self.text.normalize)
+        prompts = self.prompts_of(batch)
         logits = self.network(batch["image"].float() / 255, prompts)
         masks = prompt_targets(batch)
         counted = torch.ones_like(masks[:, 0]) if "prompt_masks" in batch else batch["labels"] != IGNORE
@@ -174,10 +163,6 @@ class CLIPSegModule(EvaluatedModule):
         optimizer = torch.optim.AdamW(options)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-def showing(mean: Tensor, preset: str, after_normalisation: bool, size: int) -> Showing:
-    return Showing(size, preset, mean.flatten().tolist() if after_normalisation else None)
 
 
 def mask_loss(logits: Tensor, masks: Tensor, counted: Tensor) -> Tensor:

@@ -15,8 +15,9 @@ from pmpseg.losses import SetLoss
 from pmpseg.models.backbone import pad_to
 from pmpseg.models.clip import TextEncoder
 from pmpseg.models.pmp import PMP
+from pmpseg.models.token_towers import build_token_backbone
 
-from .base import EvaluatedModule, prompt_targets
+from .base import EvaluatedModule, check_text_weight, prompt_targets
 
 # Parameters that are tables of embeddings, by a part of their names.
 EMBEDDINGS = ("query_decoder.query", "level_embedding", "relative_position_bias_table")
@@ -66,6 +67,11 @@ class PMPModule(EvaluatedModule):
         no_object_weight: of queries that match nothing, in the loss on names.
         num_points: points at which a mask is judged; Mask2Former has 12,544.
         pixel_weight: of a further loss that names every pixel directly; 0 leaves it out.
+        examples: prompts may also be images: those of the data's supports, embedded by the image side of ``text``, a CLIP.
+        text_weight: range of the text's share in a prompt that has an example; [1, 1] is text only.
+        visual_prompt: what is done to an example, see pmpseg.image_prompts.
+        after_normalisation: do it to the normalised image, as CLIPSeg's code does.
+        prompt_size: side of the example as the encoder sees it; null: the data's image size.
         threshold: of phrase scores, in validation; the model that a run saves has one chosen on the validation split.
     """
 
@@ -107,11 +113,17 @@ class PMPModule(EvaluatedModule):
         no_object_weight: float = 0.1,
         num_points: int = 1024,
         pixel_weight: float = 0.0,
+        examples: bool = False,
+        text_weight: tuple[float, float] = (0.0, 1.0),
+        visual_prompt: str = "crop_blur_highlight",
+        after_normalisation: bool = False,
+        prompt_size: int | None = None,
         threshold: float = 0.5,
     ) -> None:
         super().__init__()
         if not 0 <= few_prompts <= 1:
             raise InputError(f"few_prompts: got {few_prompts}, want 0 to 1, a share of the images")
+        check_text_weight(text_weight)
         self.save_hyperparameters()
         self.text = TextEncoder(shipped_or(text), templates)
         guidance: dict[str, Any] = {
@@ -148,10 +160,15 @@ class PMPModule(EvaluatedModule):
             )
         self.network.to(memory_format=torch.channels_last)  # several times faster for depthwise convolutions on CPUs
         self.backbone_source = backbone_weights
+        self.image_encoder = build_token_backbone("clip", shipped_or(text)) if examples else None
         self.loss = SetLoss(class_weight, mask_weight, dice_weight, no_object_weight, num_points, pixel_weight=pixel_weight)
 
+    @property
+    def embedder(self) -> Any:
+        return self.image_encoder
+
     def training_step(self, batch: dict[str, Any], _: int) -> Tensor:
-        prompts = self.text.encode_batch(batch["prompts"])
+        prompts = self.prompts_of(batch)
         masks = prompt_targets(batch)
         present = prompts.valid & masks.flatten(2).any(-1)
         asked = keep_few(prompts.valid, present, self.hparams["few_prompts"])
