@@ -3,8 +3,9 @@
     python scripts/clipseg_analysis.py RUN/model -c conf/eval/phrasecut.yaml --out analysis.md
 
 Forms are the bare phrase, the nine prefixes that the paper trains with ("shuffle+"), and the data's support images where it has
-them. A phrase's IoU is at --threshold and at the image's own size; absent phrases are left out. Sizes are shares of the image.
-The class is the data's where phrases have one, else the phrase itself. Of the images an even choice of --images is taken.
+them (shots or supports: 0 for a model that takes words only). A phrase's IoU is at --threshold and at the image's own size; absent
+phrases are left out. Sizes are shares of the image. The class is the data's where phrases have one, else the phrase itself. Of the
+images an even choice of --images is taken.
 """
 
 import argparse
@@ -112,13 +113,14 @@ def measure_image(segmenter: Segmenter, data: Any, batch: dict[str, Any], thresh
     everything = list(range(len(asked)))
     for form in TEXT_FORMS:
         score(form, segmenter.text.encode([form.format(phrase) for phrase in phrases]), everything)
-    if "support_image" in batch and hasattr(network, "embed"):
+    if "support_image" in batch:
         supported = [n for n in everything if batch["support_valid"][0, asked[n]].any()]
         if supported:
             at = [asked[n] for n in supported]
             words = segmenter.text.encode([phrases[n] for n in supported])
-            supports = [batch[f"support_{key}"][0, at][None] for key in ("image", "mask", "valid")]
-            score(IMAGE, PromptForm("image")(network, words, *supports, segmenter.text.normalize)[0], supported)
+            form = PromptForm("image", 0, segmenter.embed, segmenter.showing)
+            seen, mask, valid = (batch[f"support_{key}"][0, at][None] for key in ("image", "mask", "valid"))
+            score(IMAGE, form(words, seen, mask, valid, segmenter.text.normalize)[0], supported)
     return rows
 
 

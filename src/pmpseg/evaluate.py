@@ -34,7 +34,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, float]:
         default="text",
         choices=("text", "image", "mixed"),
         help="what phrases are asked with: their words (default), the data's support images of them, or both; of data that has "
-        "such images (shots of Pascal5i and Coco20i, supports of PhraseCut and Scenes), and a network that takes them (CLIPSeg)",
+        "such images (shots of Pascal5i and Coco20i, supports of PhraseCut and Scenes), and a model that takes them",
     )
     parser.add_argument("--text-weight", type=float, default=0.5, help="of the words in a mixed prompt, 0 to 1; default: 0.5")
     parser.add_argument("--threshold", type=float, help="of scores, from 0 to below 1; default: the model's own")
@@ -45,6 +45,8 @@ def main(args: Sequence[str] | None = None) -> dict[str, float]:
     check_threshold(options.threshold)
     if not 0 <= options.text_weight <= 1:
         raise InputError(f"--text-weight: got {options.text_weight}, want 0 (images only) to 1 (text only)")
+    if options.region and options.prompt_form != "text":
+        raise InputError("a second stage names masks by words only: ask with --prompt-form text, or leave --region out")
     folder = model_folder(options.model)
     beside = folder.parent if Path(options.model).is_dir() else Path()  # and not in the hub's cache
     out = options.out or beside / f"metrics_{options.split}.json"
@@ -96,7 +98,7 @@ def evaluate(
     from pmpseg.prompt_forms import PromptForm
 
     threshold = segmenter.threshold if threshold is None else threshold
-    form = PromptForm(prompt_form, text_weight)
+    form = PromptForm(prompt_form, text_weight, segmenter.embed, segmenter.showing)
     evaluator = Evaluator.of_data(data, threshold, phrase_mode, form).to(segmenter.device)
     loader = data.val_dataloader() if split == "val" else data.test_dataloader()
     for batch in tqdm(loader, desc=f"evaluate {split}", unit="batch"):

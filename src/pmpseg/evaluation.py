@@ -110,7 +110,7 @@ class Evaluator(nn.Module):
             if by_class is None:
                 words = with_synonyms([row[k] for k in asked], self.vocabulary)
                 regions = region.ask(image[i, None], words) if region else None
-                prompts = self._prompts(network, text, words, batch, i, asked)
+                prompts = self._prompts(text, words, batch, i, asked)
                 soft, scores = self._ask(network, features.select(i), prompts, regions)
             else:
                 soft, scores = (x[i, None] for x in by_class)
@@ -118,7 +118,7 @@ class Evaluator(nn.Module):
             self._score(answers(soft, scores, network.by_pixel)[0], batch, i, asked)
 
     def _prompts(
-        self, network: Network, text: TextEncoder, words: list[str | list[str]], batch: dict[str, Any], i: int, asked: list[int]
+        self, text: TextEncoder, words: list[str | list[str]], batch: dict[str, Any], i: int, asked: list[int]
     ) -> Prompts:
         """The prompts ``asked`` of image i in the form that this evaluator asks in."""
         prompts = text.encode(words)
@@ -127,7 +127,7 @@ class Evaluator(nn.Module):
         if "support_image" not in batch:
             raise InputError("the data gives no support images: set its shots, or supports, to 1 or more, or ask with text")
         image, mask, valid = (batch[f"support_{key}"][i, asked][None] for key in ("image", "mask", "valid"))
-        prompts, without = self.form(network, prompts, image, mask, valid, text.normalize)
+        prompts, without = self.form(prompts, image, mask, valid, text.normalize)
         self.without_support.update(without)
         return prompts
 
