@@ -3,9 +3,9 @@
     python scripts/clipseg_analysis.py RUN/model -c conf/eval/phrasecut.yaml --out analysis.md
 
 Forms are the bare phrase, the nine prefixes that the paper trains with ("shuffle+"), and the data's support images where it has
-them (shots or supports: 0 for a model that takes words only). A phrase's IoU is at --threshold and at the image's own size; absent
-phrases are left out. Sizes are shares of the image. The class is the data's where phrases have one, else the phrase itself. Of the
-images an even choice of --images is taken.
+them (shots or supports: 0 for a model that takes words only). A phrase's IoU is at --threshold and at the image's own size;
+absent phrases are left out. Sizes are shares of the image. The class is the data's where phrases have one, else the phrase
+itself. Of the images an even choice of --images is taken.
 """
 
 import argparse

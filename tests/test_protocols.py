@@ -94,7 +94,8 @@ def test_one_shot_from_yaml_to_numbers(segmenter, folder, voc, tmp_path, form, c
         without += not valid.any()
         if form != "text" and valid.any():
             with torch.no_grad():
-                shown = visual_prompt(item["support_image"][0][valid].float() / 255, item["support_mask"][0][valid], size=64)
+                pictures, how = item["support_image"][0][valid].float() / 255, segmenter.showing
+                shown = visual_prompt(pictures, item["support_mask"][0][valid], how.preset, 64, how.mean)
                 mean = torch.stack([segmenter.network.embed(one[None])[0] for one in shown]).mean(0)
             asked = mean[None] if form == "image" else 0.25 * asked + 0.75 * mean
         found.append((sigmoids(segmenter, item["image"], asked, item["labels"].shape)[0], item))
