@@ -29,12 +29,22 @@ def main(args: Sequence[str] | None = None) -> dict[str, float]:
         help="how an image's phrases are asked: each alone (default), all with absent ones, or only those that are there, which "
         "leaks the truth; prompts that are the whole class list are asked together in any mode",
     )
+    parser.add_argument(
+        "--prompt-form",
+        default="text",
+        choices=("text", "image", "mixed"),
+        help="what phrases are asked with: their words (default), the data's support images of them, or both; of data that has "
+        "such images (shots of Pascal5i and Coco20i, supports of PhraseCut and Scenes), and a network that takes them (CLIPSeg)",
+    )
+    parser.add_argument("--text-weight", type=float, default=0.5, help="of the words in a mixed prompt, 0 to 1; default: 0.5")
     parser.add_argument("--threshold", type=float, help="of scores, from 0 to below 1; default: the model's own")
     parser.add_argument("--region", help="second stage: a region model (of training/region.py), or a CLIP folder or hub id")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is one")
     parser.add_argument("--out", type=Path, help="JSON file; default: metrics_SPLIT.json beside the model folder")
     options = parser.parse_args(args)
     check_threshold(options.threshold)
+    if not 0 <= options.text_weight <= 1:
+        raise InputError(f"--text-weight: got {options.text_weight}, want 0 (images only) to 1 (text only)")
     folder = model_folder(options.model)
     beside = folder.parent if Path(options.model).is_dir() else Path()  # and not in the hub's cache
     out = options.out or beside / f"metrics_{options.split}.json"
@@ -52,28 +62,42 @@ def main(args: Sequence[str] | None = None) -> dict[str, float]:
         segmenter.region = RegionStage.load(options.region).to(segmenter.device)
     spec = read_data(options.config) if options.config else own_data(segmenter.data, options.model)
     data = build_data(spec)
-    scores = evaluate(segmenter, data, options.split, options.threshold, options.phrase_mode)
+    forms = (options.prompt_form, options.text_weight)
+    scores = evaluate(segmenter, data, options.split, options.threshold, options.phrase_mode, *forms)
     print(table(scores, data.vocabulary))
     asked = {"model": str(options.model), "region": options.region, "split": options.split}
-    asked |= {"phrase_mode": options.phrase_mode, "data": spec}
-    iou = dict(zip(data.vocabulary.names, scores["iou"].reshape(-1).tolist(), strict=True))
+    asked |= {"phrase_mode": options.phrase_mode, "prompt_form": options.prompt_form, "data": spec}
+    if options.prompt_form == "mixed":
+        asked["text_weight"] = options.text_weight
+    by_class = {}
+    if "iou" in scores:
+        by_class = {"iou": dict(zip(data.vocabulary.names, scores["iou"].reshape(-1).tolist(), strict=True))}
     with cli.whole_file(out) as temporary:
-        temporary.write_text(json.dumps(asked | as_json(scores | {"iou": iou}), indent=1) + "\n")
+        temporary.write_text(json.dumps(asked | as_json(scores | by_class), indent=1) + "\n")
+    if scores.get("phrase_n_without_support"):
+        print(f"\n{scores['phrase_n_without_support']} phrases had no support image and were asked with text")
     print(f"\nsaved: {out}")
     return numbers(scores)
 
 
 def evaluate(
-    segmenter: Any, data: Any, split: str = "test", threshold: float | None = None, phrase_mode: str = "alone"
+    segmenter: Any,
+    data: Any,
+    split: str = "test",
+    threshold: float | None = None,
+    phrase_mode: str = "alone",
+    prompt_form: str = "text",
+    text_weight: float = 0.5,
 ) -> dict[str, Any]:
     """All scores (see ``Evaluator.compute``) of a ``Segmenter`` on one split of a data module."""
     from tqdm import tqdm
 
     from pmpseg.evaluation import Evaluator
+    from pmpseg.supports import PromptForm
 
-    groups, kinds = getattr(data, "class_groups", None), getattr(data, "phrase_kinds", ())
     threshold = segmenter.threshold if threshold is None else threshold
-    evaluator = Evaluator(data.vocabulary, groups, kinds, threshold, phrase_mode).to(segmenter.device)
+    form = PromptForm(prompt_form, text_weight, segmenter.embed, segmenter.showing)
+    evaluator = Evaluator.of_data(data, threshold, phrase_mode, form).to(segmenter.device)
     loader = data.val_dataloader() if split == "val" else data.test_dataloader()
     for batch in tqdm(loader, desc=f"evaluate {split}", unit="batch"):
         on_device = {k: v.to(segmenter.device) if hasattr(v, "to") else v for k, v in batch.items()}

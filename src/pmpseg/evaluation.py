@@ -2,12 +2,14 @@
 
 import math
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import SumMetric
 
+from .errors import InputError
 from .inference import (
     Encoded,
     Network,
@@ -23,10 +25,14 @@ from .metrics import ConfusionMetrics, PhraseMetrics
 from .models.clip import TextEncoder
 from .models.prompts import Prompts
 from .models.region import Regions
+from .paper_metrics import ClipSegMetrics
 from .region_stage import RegionStage
+from .supports import PromptForm
 from .vocabulary import Vocabulary
 
 PHRASE_MODES = ("alone", "mixed", "own")
+OF_DATA = ("class_groups", "class_list", "class_factors", "ignore_labels", "paper_metrics", "phrase_classes", "phrase_kinds")
+IGNORE = 255
 
 
 class Evaluator(nn.Module):
@@ -35,6 +41,16 @@ class Evaluator(nn.Module):
     Phrases are asked ``alone``, as ``Segmenter.segment`` does; the whole class list, whose answer is at hand, is asked together.
     ``mixed`` asks an image's phrases together with its absent ones, ``own`` asks and scores only those that are there: this
     leaks the ground truth through the list, and is offered to measure by how much.
+
+    The other arguments are attributes that a data module may have (see ``of_data``):
+
+    - ``class_list`` False: the vocabulary is not asked as a list, there is no label map
+    - ``class_factors``: of the scores of some classes in the label map, before the best is taken
+    - ``ignore_labels``: phrases are not scored where the labels are 255 (a phrase's answer counts as empty there)
+    - ``paper_metrics`` "clipseg": ``ClipSegMetrics`` beside, of ``phrase_classes`` classes, or of each phrase by itself (None).
+      The paper's code resizes scores to the labels with corners aligned; here they are resized as everywhere
+
+    ``form``: what phrases are asked with; other than text it wants supports in the batches. The class list is asked by words.
     """
 
     def __init__(
@@ -44,13 +60,32 @@ class Evaluator(nn.Module):
         phrase_kinds: Sequence[str] = (),
         threshold: float = 0.5,
         phrase_mode: str = "alone",
+        form: PromptForm | None = None,
+        class_list: bool = True,
+        class_factors: Mapping[int, float] | None = None,
+        ignore_labels: bool = False,
+        paper_metrics: str | None = None,
+        phrase_classes: int | None = None,
     ) -> None:
         super().__init__()
         if phrase_mode not in PHRASE_MODES:
             raise ValueError(f"phrase_mode: got {phrase_mode!r}, want one of {', '.join(PHRASE_MODES)}")
-        self.vocabulary, self.phrase_mode = vocabulary, phrase_mode
-        self.classes = ConfusionMetrics(len(vocabulary), unseen=vocabulary.unseen or None, groups=class_groups or None)
+        if paper_metrics not in (None, "clipseg"):
+            raise ValueError(f"paper_metrics: got {paper_metrics!r}, want None or 'clipseg'")
+        self.vocabulary, self.phrase_mode, self.form = vocabulary, phrase_mode, form or PromptForm()
+        self.class_factors, self.ignore_labels, self.phrase_classes = class_factors, ignore_labels, phrase_classes
+        self.classes = None
+        if class_list:
+            self.classes = ConfusionMetrics(len(vocabulary), unseen=vocabulary.unseen or None, groups=class_groups or None)
         self.phrases = PhraseMetrics(threshold, kinds=phrase_kinds)
+        self.paper = ClipSegMetrics(phrase_classes) if paper_metrics else None
+        self.without_support = SumMetric()
+
+    @classmethod
+    def of_data(cls, data: Any, threshold: float = 0.5, phrase_mode: str = "alone", form: PromptForm | None = None) -> Self:
+        """The evaluator that suits a data module."""
+        given = {name: getattr(data, name) for name in OF_DATA if hasattr(data, name)}
+        return cls(data.vocabulary, threshold=threshold, phrase_mode=phrase_mode, form=form, **given)
 
     @torch.no_grad()
     def update(self, network: Network, text: TextEncoder, batch: dict[str, Any], region: RegionStage | None = None) -> None:
@@ -58,13 +93,15 @@ class Evaluator(nn.Module):
         image, size = batch["image"].float() / 255, tuple(batch["labels"].shape[-2:])
         image_size = tuple(image.shape[-2:])
         features, names = network.encode(image), self.vocabulary.names
-        words = with_synonyms(names, self.vocabulary)
-        prediction = ask_together(network, features, text.encode(words), region.ask(image, words) if region else None)
-        self.classes.update(semantic_labels(prediction, image_size, size), batch["labels"])
+        is_class_list = all(row == names for row in batch.get("prompts", ())) and self.form.form == "text"
+        by_class = None
+        if self.classes is not None:
+            words = with_synonyms(names, self.vocabulary)
+            prediction = ask_together(network, features, text.encode(words), region.ask(image, words) if region else None)
+            self.classes.update(semantic_labels(prediction, image_size, size, factors=self.class_factors), batch["labels"])
+            by_class = soft_masks(prediction) if is_class_list and "prompt_masks" in batch else None  # (B, C, h, w) and (B, C)
         if "prompt_masks" not in batch:
             return
-        is_class_list = all(row == names for row in batch["prompts"])
-        by_class = soft_masks(prediction) if is_class_list else None  # (B, C, h, w) and (B, C)
         for i, (row, truth) in enumerate(zip(batch["prompts"], batch["prompt_masks"], strict=True)):
             leaky = self.phrase_mode == "own" and not is_class_list
             asked = [k for k, phrase in enumerate(row) if phrase and (not leaky or truth[k].any())]
@@ -73,12 +110,38 @@ class Evaluator(nn.Module):
             if by_class is None:
                 words = with_synonyms([row[k] for k in asked], self.vocabulary)
                 regions = region.ask(image[i, None], words) if region else None
-                soft, scores = self._ask(network, features.select(i), text.encode(words), regions)
+                prompts = self._prompts(network, text, words, batch, i, asked)
+                soft, scores = self._ask(network, features.select(i), prompts, regions)
             else:
                 soft, scores = (x[i, None] for x in by_class)
-            kinds = [self._kinds(batch["phrase_kind"][i][k]) for k in asked] if self.phrases.kinds else None
             soft = upsample(soft, image_size, size, network.stride)
-            self.phrases.update(answers(soft, scores, network.by_pixel)[0], truth[asked], kinds)
+            self._score(answers(soft, scores, network.by_pixel)[0], batch, i, asked)
+
+    def _prompts(
+        self, network: Network, text: TextEncoder, words: list[str | list[str]], batch: dict[str, Any], i: int, asked: list[int]
+    ) -> Prompts:
+        """The prompts ``asked`` of image i in the form that this evaluator asks in."""
+        prompts = text.encode(words)
+        if self.form.form == "text":
+            return prompts
+        if "support_image" not in batch:
+            raise InputError("the data gives no support images: set its shots, or supports, to 1 or more, or ask with text")
+        image, mask, valid = (batch[f"support_{key}"][i, asked][None] for key in ("image", "mask", "valid"))
+        prompts, without = self.form(prompts, image, mask, valid, text.normalize)
+        self.without_support.update(without)
+        return prompts
+
+    def _score(self, found: Tensor, batch: dict[str, Any], i: int, asked: list[int]) -> None:
+        """Adds the phrases ``asked`` of image i, which were answered with the scores ``found`` (K, H, W)."""
+        truth = batch["prompt_masks"][i, asked]
+        ignored = (batch["labels"][i] == IGNORE).expand_as(truth) if self.ignore_labels else None
+        if ignored is not None:
+            found, truth = found.masked_fill(ignored, 0), truth & ~ignored
+        kinds = [self._kinds(batch["phrase_kind"][i][k]) for k in asked] if self.phrases.kinds else None
+        self.phrases.update(found, truth, kinds)
+        if self.paper is not None:
+            classes = batch["phrase_class"][i, asked] if self.phrase_classes else None
+            self.paper.update(found, truth, ignored, classes)
 
     def _ask(self, network: Network, features: Encoded, prompts: Prompts, regions: Regions | None) -> tuple[Tensor, Tensor]:
         """Soft masks (1, K, h, w) and scores (1, K) of the phrases of one image."""
@@ -93,24 +156,36 @@ class Evaluator(nn.Module):
         return [*words, joint] if len(words) > 1 and joint in self.phrases.kinds else words
 
     def compute(self) -> dict[str, Any]:
-        """Single numbers under their metric's names, phrase scores as ``phrase_*``; ``iou`` (C,) and ``phrase_curve`` beside.
+        """Single numbers under their metric's names, those of phrases as ``phrase_*`` and of the paper as ``clipseg_*``; ``iou``
+        (C,) of a class list, ``phrase_curve`` and ``clipseg_curve`` beside.
 
-        Counts (``phrase_n_*``) are integers. What is undefined (no unseen class, no phrase) is left out. All ranks must call it.
+        Counts (``phrase_n_*``) are integers, among them ``phrase_n_without_support``, asked by text for want of an image. What is
+        undefined (no unseen class, no phrase) is left out. All ranks must call it.
         """
-        by_class = self.classes.compute()
+        scores: dict[str, Any] = {}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*was called before the ``update``")  # data, or a rank, without phrases
+            by_class = {} if self.classes is None else self.classes.compute()
             by_phrase: dict[str, Any] = dict(self.phrases.compute())  # a copy: torchmetrics keeps what it returned
-        scores: dict[str, Any] = {k: float(v) for k, v in by_class.items() if k != "iou" and not math.isnan(v)}
-        scores["iou"] = by_class["iou"].cpu()
+            by_paper: dict[str, Any] = {} if self.paper is None else dict(self.paper.compute())
+            without_support = int(self.without_support.compute())
+        scores |= {k: float(v) for k, v in by_class.items() if k != "iou" and not math.isnan(v)}
+        if by_class:
+            scores["iou"] = by_class["iou"].cpu()
         if not math.isnan(by_phrase["iou_with_absent"]):  # some rank had a phrase
             scores["phrase_curve"] = by_phrase.pop("curve")
             scores |= {f"phrase_{k}": v.item() for k, v in by_phrase.items() if not math.isnan(v)}
+            if self.form.form != "text":
+                scores["phrase_n_without_support"] = without_support
+            if by_paper:
+                scores["clipseg_curve"] = by_paper.pop("curve")
+            scores |= {f"clipseg_{k}": v.item() for k, v in by_paper.items() if not math.isnan(v)}
         return scores
 
     def reset(self) -> None:
-        self.classes.reset()
-        self.phrases.reset()
+        for metric in (self.classes, self.phrases, self.paper, self.without_support):
+            if metric is not None:
+                metric.reset()
 
 
 def numbers(scores: dict[str, Any]) -> dict[str, float]:
@@ -147,21 +222,23 @@ def best_threshold(scores: dict[str, Any]) -> float | None:
 
 def table(scores: dict[str, Any], vocabulary: Vocabulary) -> str:
     """IoU by class ("-" where a class is absent), phrase IoU by kind and group, then every other number; all in percent."""
-    unseen = set(vocabulary.unseen)
-    names = [name + "*" * (i in unseen) for i, name in enumerate(vocabulary.names)]
-    lines = _in_columns(dict(zip(names, scores["iou"].reshape(-1).tolist(), strict=True)), 4)
-    if unseen:
-        lines.append("(* held out of training)")
+    lines = []
+    if "iou" in scores:
+        unseen = set(vocabulary.unseen)
+        names = [name + "*" * (i in unseen) for i, name in enumerate(vocabulary.names)]
+        lines = _in_columns(dict(zip(names, scores["iou"].reshape(-1).tolist(), strict=True)), 4)
+        lines += ["(* held out of training)", ""] if unseen else [""]
     others = numbers(scores)
     crossed = {k: k.removeprefix("phrase_iou_").split("_") for k in others}
     crossed = {k: words for k, words in crossed.items() if len(words) == 2 and all(f"phrase_iou_{w}" in others for w in words)}
     if crossed:
         columns = list(dict.fromkeys(words[1] for words in crossed.values()))
-        lines += ["", f"{'phrase IoU':12}" + "".join(f"{c:>14}" for c in columns)]
+        lines += [f"{'phrase IoU':12}" + "".join(f"{c:>14}" for c in columns)]
         for kind in dict.fromkeys(words[0] for words in crossed.values()):
             row = [others.get(f"phrase_iou_{kind}_{c}", math.nan) for c in columns]
             lines.append(f"{kind:12}" + "".join(f"{_percent(v):>14}" for v in row))
-    return "\n".join([*lines, "", *_in_columns({k: v for k, v in others.items() if k not in crossed}, 3)])
+        lines.append("")
+    return "\n".join([*lines, *_in_columns({k: v for k, v in others.items() if k not in crossed}, 3)])
 
 
 def _in_columns(values: dict[str, float], columns: int) -> list[str]:

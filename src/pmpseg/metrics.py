@@ -133,7 +133,7 @@ class PhraseMetrics(Metric):
 
     def update(self, scores: Tensor, target: Tensor, kind: Sequence[str | Sequence[str]] | None = None) -> None:
         """Adds N phrases: ``scores`` (N, H, W) in [0, 1], ``target`` (N, H, W) bool, ``kind`` a name or several for each."""
-        _check_phrases(scores, target)
+        check_phrases(scores, target)
         if kind is not None and len(kind) != len(scores):
             raise ValueError(f"got {len(kind)} kinds for {len(scores)} phrases, wanted one kind a phrase")
         names = [[k] if isinstance(k, str) else list(k) for k in kind or ()]
@@ -145,7 +145,7 @@ class PhraseMetrics(Metric):
         grid = self.grid.to(scores.device)
         # One phrase at a time keeps the memory at one (H, W) map.
         counts = torch.stack([score_histogram(s, t, grid) for s, t in zip(scores, target, strict=True)])
-        false, hit = _above(counts).unbind(1)  # (N, T) each
+        false, hit = above(counts).unbind(1)  # (N, T) each
         size = counts[:, 1].sum(1)  # (N,) ground truth pixels
         present = size > 0
         iou = hit * _IOU_UNIT // (size[:, None] + false).clamp(min=1)  # (N, T), 0 for absent phrases
@@ -164,7 +164,7 @@ class PhraseMetrics(Metric):
     def compute(self) -> dict[str, Tensor | dict[str, Tensor]]:
         counts = self.counts.cpu().double()
         background, foreground = counts.sum(1)
-        false, hit = _above(counts)[:, self.at]
+        false, hit = above(counts)[:, self.at]
         cumulative = hit / (foreground + false)
         cumulative_background = (background - false) / (background + foreground - hit)
         iou_sum = self.iou_sum.cpu().double() / _IOU_UNIT  # (T,)
@@ -265,7 +265,7 @@ def average_precision(counts: Tensor) -> Tensor:
     return (gained * hit / (hit + false).clamp(min=1)).sum() / hit[-1]
 
 
-def _above(counts: Tensor) -> Tensor:
+def above(counts: Tensor) -> Tensor:
     """Pixels above each threshold, (..., T), of histograms (..., T + 1)."""
     return counts.flip(-1).cumsum(-1).flip(-1)[..., 1:]
 
@@ -279,7 +279,7 @@ def _check_classes(num_classes: int, ignore_index: int) -> None:
         )
 
 
-def _check_phrases(scores: Tensor, target: Tensor) -> None:
+def check_phrases(scores: Tensor, target: Tensor) -> None:
     if scores.ndim != 3 or scores.shape != target.shape:
         got = f"scores {tuple(scores.shape)} and target {tuple(target.shape)}"
         raise ValueError(f"got {got}, wanted (N, H, W) for both: resize the scores to the target")

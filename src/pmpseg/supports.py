@@ -16,6 +16,7 @@ from .image_prompts import ImagePrompt, MixedPrompt, VisualPrompt, visual_prompt
 from .models.prompts import Prompts
 
 AT_ONCE = 64  # images
+FORMS = ("text", "image", "mixed")
 Prompt = str | ImagePrompt | MixedPrompt
 
 
@@ -57,6 +58,35 @@ def embed_supports(
     sums = found.new_zeros(*valid.shape, found.shape[-1])
     sums[valid] = found
     return sums.sum(2) / valid.sum(2, keepdim=True).clamp(min=1), valid.any(2)
+
+
+class PromptForm:
+    """What an evaluation asks with: ``text``, ``image`` (a prompt's examples) or ``mixed``, with this share of the text.
+
+    A prompt without an example is asked by its text in any form. ``embed`` and ``showing`` are a ``Segmenter``'s.
+    """
+
+    def __init__(
+        self,
+        form: str = "text",
+        text_weight: float = 0.5,
+        embed: Callable[[Tensor], Tensor] | None = None,
+        showing: Showing | None = None,
+    ) -> None:
+        if form not in FORMS:
+            raise InputError(f"prompt form: got {form!r}, want one of {', '.join(FORMS)}")
+        if not 0 <= text_weight <= 1:
+            raise InputError(f"text weight: got {text_weight}, want 0 (examples only) to 1 (text only)")
+        self.form, self.embed, self.showing = form, embed, showing
+        self.text_weight = {"text": 1.0, "image": 0.0, "mixed": text_weight}[form]
+
+    def __call__(
+        self, text: Prompts, images: Tensor, masks: Tensor, valid: Tensor, normalize: bool = False
+    ) -> tuple[Prompts, int]:
+        """``text`` (B, K) with examples as in ``embed_supports`` -> prompts (B, K), and how many of them have no example."""
+        assert self.embed and self.showing
+        shown, has = embed_supports(self.embed, self.showing, images, masks, valid)
+        return mix(text, shown.to(text.pooled.dtype), has, self.text_weight, normalize), int((~has & text.valid).sum())
 
 
 def mix(prompts: Prompts, shown: Tensor, has: Tensor, text_weight: Tensor | float, normalize: bool) -> Prompts:

@@ -5,14 +5,17 @@ from importlib import import_module
 _HOME = {
     "Scenes": "pmpseg.data.scenes",
     "FolderData": "pmpseg.data.folder",
+    "Coco20i": "pmpseg.data.one_shot",
     "CocoPhrases": "pmpseg.data.coco_phrases",
     "Pairs": "pmpseg.data.pairs",
+    "Pascal5i": "pmpseg.data.one_shot",
+    "PascalZeroShot": "pmpseg.data.pascal",
     "PhraseCut": "pmpseg.data.phrasecut",
     "PhraseData": "pmpseg.data.phrases",
     "SceneRegions": "pmpseg.data.scene_regions",
     "SegmentationData": "pmpseg.data.base",
 }
-__all__ = ["CocoPhrases", "FolderData", "Pairs", "PhraseCut", "PhraseData", "SceneRegions", "Scenes", "SegmentationData"]
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str):

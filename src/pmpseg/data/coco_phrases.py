@@ -82,6 +82,7 @@ class CocoPhrases(PhraseData):
             raise InputError(f"{self.root.resolve()} has no {wanted}")
         categories = next(iter(contents.values()))["categories"]
         self.vocabulary = Vocabulary.read(classes) if classes else Vocabulary.of([category["name"] for category in categories])
+        self.phrase_classes = len(self.vocabulary)
         self._instances = {
             split: CocoInstances(jsons[split], content, self.root / images, names[split], self.vocabulary)
             for split, content in contents.items()

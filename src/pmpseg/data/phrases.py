@@ -41,6 +41,7 @@ class PhraseData(SegmentationData):
     """
 
     class_list = False  # the vocabulary has no class map here: only phrases are scored
+    paper_metrics = "clipseg"
     phrase_kinds: tuple[str, ...] = (*SIZES, *FORMS)
 
     def __init__(

@@ -51,7 +51,7 @@ class MaskFolder:
                 raise InputError(f"{sizes}: a mask must have the size of its image (turned as its EXIF says)")
 
     def read(self, index: int) -> dict:
-        labels = _read_indices(self.masks[index])
+        labels = read_indices(self.masks[index])
         labels[labels == self.ignore_label] = IGNORE
         wrong = (labels != IGNORE) & ((labels < 0) | (labels >= self.num_classes))
         if wrong.any():
@@ -201,7 +201,7 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     return (height, width) if turned else (width, height)
 
 
-def _read_indices(path: Path) -> np.ndarray:
+def read_indices(path: Path) -> np.ndarray:
     """The pixels of a mask (H, W) int32 as they are: palettes and 16 bits are indices, not colours."""
     with open_image(path) as mask:
         try:

@@ -63,6 +63,15 @@ def eval_transform(size: int, resize_labels: bool = False) -> Callable[[dict], d
     return partial(_eval, size=size, resize_labels=resize_labels)  # a closure could not be sent to a worker
 
 
+def square_transform(size: int, pad: bool = False, resize_labels: bool = False) -> Callable[[dict], dict]:
+    """Resize the image to ``size`` x ``size``: squashed, or with ``pad`` its long side, and black below or to the right.
+
+    Labels and masks keep the image's own size unless ``resize_labels``; with ``pad`` they are padded to a square, too, with 255
+    and False, so that they still show what the image shows.
+    """
+    return partial(_square, size=size, pad=pad, resize_labels=resize_labels)
+
+
 class _Augmentation:
     """An albumentations pipeline that draws afresh from the seed of each call."""
 
@@ -97,6 +106,29 @@ def _eval(sample: dict, size: int, resize_labels: bool) -> dict:
     if resize_labels:
         result |= {key: nearest(sample[key], shape) for key in ("labels", "masks") if key in sample}
     return result
+
+
+def _square(sample: dict, size: int, pad: bool, resize_labels: bool) -> dict:
+    height, width = sample["image"].shape[:2]
+    shape = (size, size)
+    if pad:
+        long = max(height, width)
+        shape = (max(1, round(height * size / long)), max(1, round(width * size / long)))
+        sample = sample | {key: _pad(sample[key], long, fill) for key, fill in (("labels", 255), ("masks", 0)) if key in sample}
+    image = resize(sample["image"], shape)
+    if pad:
+        image = np.pad(image, ((0, size - shape[0]), (0, size - shape[1]), (0, 0)))
+    result = {**sample, "image": image}
+    if resize_labels:
+        result |= {key: nearest(sample[key], (size, size)) for key in ("labels", "masks") if key in sample}
+    return result
+
+
+def _pad(labels: np.ndarray, side: int, fill: int) -> np.ndarray:
+    """(..., H, W) -> (..., side, side), filled below and to the right."""
+    height, width = labels.shape[-2:]
+    widths = [(0, 0)] * (labels.ndim - 2) + [(0, side - height), (0, side - width)]
+    return np.pad(labels, widths, constant_values=fill)
 
 
 def resize(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

@@ -31,8 +31,7 @@ class EvaluatedModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        groups, kinds = getattr(data, "class_groups", None), getattr(data, "phrase_kinds", ())
-        self.evaluator = Evaluator(data.vocabulary, groups, kinds, self.hparams["threshold"])
+        self.evaluator = Evaluator.of_data(data, self.hparams["threshold"])
         if self.embedder is not None:
             self.show_as(data.image_size)
 
