@@ -24,7 +24,8 @@ Prompt = str | ImagePrompt | MixedPrompt
 class Showing:
     """How an example is brought before the encoder's eyes; see ``image_prompts.visual_prompt``.
 
-    ``size``: the side of the picture. ``mean``: None, or the encoder's own, for what the paper's code does.
+    ``size``: the side of the picture, to which the shorter side of a larger image is shrunk first, since a blur counts in pixels.
+    ``mean``: None, or the encoder's own, for what the paper's code does.
     """
 
     size: int
@@ -36,6 +37,11 @@ class Showing:
             object.__setattr__(self, "preset", VisualPrompt(**self.preset))
 
     def __call__(self, images: Tensor, masks: Tensor) -> Tensor:
+        side = min(images.shape[-2:])
+        if side > self.size:
+            shape = [max(1, round(x * self.size / side)) for x in images.shape[-2:]]
+            images = F.interpolate(images, shape, mode="bilinear", antialias=True)
+            masks = F.interpolate(masks[:, None].float(), shape, mode="bilinear", antialias=True)[:, 0] >= 0.5
         return visual_prompt(images, masks, self.preset, self.size, self.mean)
 
 

@@ -9,7 +9,8 @@
     evaluate:                                 # each is a trained model, by default the base's, asked otherwise
       together: {asked: mixed}                # or with a second stage: a part's, or a CLIP as it is
       crop: {region: tiny_clip, mode: crop, weight: 0.5, templates: ["a {}"]}
-    asked: alone                              # how phrases are asked where nothing else is said; or mixed: together
+    asked: alone                              # how phrases are asked where nothing else is said; mixed: together; forms: alone,
+                                              # once by text and once by example, as CLIPSeg's tables have it
     groups:                                   # for reading the table: factor -> names
       attention: [blind]
 
@@ -35,7 +36,7 @@ KEYS = ("base_name", "base", "variants", "evaluate", "parts", "groups", "asked")
 RUN_KEYS = ("configs", "options")
 STAGE = ("mode", "weight", "templates")  # of a second stage, where it is not as it was trained
 EVALUATION = ("model", "asked", "region", *STAGE)  # whose model, how its phrases are asked, and a second stage
-ASKED, MODES = ("alone", "mixed"), ("crop", "pool")
+ASKED, MODES = ("alone", "mixed", "forms"), ("crop", "pool")
 RESERVED = {"seed_everything", "data.seed", "trainer.default_root_dir", "ckpt_path"}  # which we set
 OTHER_SEED = re.compile(r"\{seed\+(\d+)\}")
 
