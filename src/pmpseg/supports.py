@@ -41,7 +41,8 @@ class Showing:
         if side > self.size:
             shape = [max(1, round(x * self.size / side)) for x in images.shape[-2:]]
             images = F.interpolate(images, shape, mode="bilinear", antialias=True)
-            masks = F.interpolate(masks[:, None].float(), shape, mode="bilinear", antialias=True)[:, 0] >= 0.5
+            cover = F.interpolate(masks[:, None].float(), shape, mode="bilinear", antialias=True)[:, 0]
+            masks = cover >= cover.flatten(1).amax(1).clamp(max=0.5)[:, None, None]  # what is thin keeps a pixel
         return visual_prompt(images, masks, self.preset, self.size, self.mean)
 
 
