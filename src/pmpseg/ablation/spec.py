@@ -6,6 +6,7 @@
       options: {trainer.max_steps: 300}       # its options
     variants:                                 # each is trained: the base with these options changed
       blind: {model.prompt_attention: none}
+      other: {configs: [conf/clipseg_scenes.yaml], options: {trainer.max_steps: 300}}   # or a run of its own
     evaluate:                                 # each is a trained model, by default the base's, asked otherwise
       together: {asked: mixed}                # or with a second stage: a part's, or a CLIP as it is
       crop: {region: tiny_clip, mode: crop, weight: 0.5, templates: ["a {}"]}
@@ -101,6 +102,10 @@ class Ablation:
         start = Training(_configs(base, path), _options(base.get("options"), f"{path}: base.options"))
         trainings, parts = {base_name: start}, set()
         for name, options in _entries(content, "variants", path):
+            if isinstance(options, Mapping) and "configs" in options:
+                own = _mapping(options, RUN_KEYS, f"{path}: {name}")
+                trainings[name] = Training(_configs(own, path), _options(own.get("options"), f"{path}: {name}.options"))
+                continue
             difference = _options(options, f"{path}: {name}")
             if not difference.keys() - {k for k, v in difference.items() if k in start.options and start.options[k] == v}:
                 raise InputError(f"{path}: {name} does not differ from the base: give an option that it changes")
