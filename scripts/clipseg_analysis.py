@@ -3,9 +3,8 @@
     python scripts/clipseg_analysis.py RUN/model -c conf/eval/phrasecut.yaml --out analysis.md
 
 Forms are the bare phrase, the nine prefixes that the paper trains with ("shuffle+"), and the data's support images where it has
-them (shots or supports: 0 for a model that takes words only). A phrase's IoU is at --threshold and at the image's own size;
-absent phrases are left out. Sizes are shares of the image. The class is the data's where phrases have one, else the phrase
-itself. Of the images an even choice of --images is taken.
+them. A phrase's IoU is at --threshold and at the image's own size; absent phrases are left out. Sizes are shares of the image.
+The class is the data's where phrases have one, else the phrase itself. Of the images an even choice of --images is taken.
 """
 
 import argparse
@@ -27,8 +26,8 @@ from pmpseg.errors import InputError
 from pmpseg.evaluate import build_data, own_data, read_data
 from pmpseg.inference import answers, ask_one_by_one, upsample
 from pmpseg.predict import check_threshold, choose_device
-from pmpseg.prompt_forms import PromptForm
 from pmpseg.segmenter import Segmenter
+from pmpseg.supports import PromptForm
 
 BARE, IMAGE = "{}", "(support images)"
 TEXT_FORMS = (BARE, *PREFIXES["shuffle+"])
@@ -113,14 +112,14 @@ def measure_image(segmenter: Segmenter, data: Any, batch: dict[str, Any], thresh
     everything = list(range(len(asked)))
     for form in TEXT_FORMS:
         score(form, segmenter.text.encode([form.format(phrase) for phrase in phrases]), everything)
-    if "support_image" in batch:
+    if "support_image" in batch and hasattr(network, "embed"):
         supported = [n for n in everything if batch["support_valid"][0, asked[n]].any()]
         if supported:
             at = [asked[n] for n in supported]
             words = segmenter.text.encode([phrases[n] for n in supported])
-            form = PromptForm("image", 0, segmenter.embed, segmenter.showing)
-            seen, mask, valid = (batch[f"support_{key}"][0, at][None] for key in ("image", "mask", "valid"))
-            score(IMAGE, form(words, seen, mask, valid, segmenter.text.normalize)[0], supported)
+            supports = [batch[f"support_{key}"][0, at][None] for key in ("image", "mask", "valid")]
+            form = PromptForm("image", embed=segmenter.embed, showing=segmenter.showing)
+            score(IMAGE, form(words, *supports, segmenter.text.normalize)[0], supported)
     return rows
 
 

@@ -19,15 +19,18 @@ import yaml
 from pmpseg import Segmenter, ablate
 from pmpseg.ablation import job, runs, table, timing
 from pmpseg.ablation.chart import charts
+from pmpseg.ablation.forms import at_half, score_forms
 from pmpseg.ablation.runs import Job
 from pmpseg.ablation.scoring import Phrases, asked_as, score_splits
 from pmpseg.ablation.spec import Ablation
 from pmpseg.ablation.timing import step_seconds
+from pmpseg.data import Scenes
 from pmpseg.errors import InputError
 from pmpseg.evaluate import build_data, evaluate, own_data
 from pmpseg.evaluation import Evaluator
 from pmpseg.hub import shipped_or
 from pmpseg.models.clip import TextEncoder
+from pmpseg.models.clipseg import CLIPSeg
 from pmpseg.models.pmp import PMP
 from pmpseg.models.region import RegionClassifier
 from pmpseg.region_stage import RegionStage
@@ -88,8 +91,9 @@ def test_shipped_files_resolve(path):
 
 @pytest.mark.parametrize("path", sorted(CONF.glob("ablation/*.yaml")), ids=lambda path: path.stem)
 def test_shipped_variants_differ_in_one_key(path):
+    """But for runs of another kind, which are given whole."""
     content = yaml.safe_load(path.read_text())
-    assert all(len(options) == 1 for options in (content.get("variants") or {}).values())
+    assert all(len(options) == 1 or "configs" in options for options in (content.get("variants") or {}).values())
 
 
 @pytest.mark.parametrize(
@@ -591,3 +595,48 @@ def test_a_dearer_step_costs_more():
     batch, few = torch.ones(300, 300), Sum(5)
     seconds = step_seconds({"few": (few, batch), "many": (Sum(50), batch)}, repeat=5)
     assert seconds["many"] > 3 * seconds["few"] > 0 and few.weight.grad is None
+
+
+# ---- asked by text and by example
+
+
+def small_forms() -> tuple[Segmenter, Scenes]:
+    torch.manual_seed(0)
+    network = CLIPSeg(128, backbone_weights=shipped_or("tiny_clip"), blocks=(1,), dim=16, ffn_dim=32)
+    data = Scenes(64, 4, 6, 8, supports=1, eval_batch_size=4, num_workers=0)
+    return Segmenter(network, TextEncoder(shipped_or("tiny_clip"), normalize=False), data.vocabulary, 64), data
+
+
+def test_forms_choose_thresholds_on_validation_and_score_the_test_split():
+    segmenter, data = small_forms()
+    found = score_forms(segmenter, data)
+    for form in ("text", "image"):
+        data.class_list = False
+        val, test = (evaluate(segmenter, data, split, prompt_form=form) for split in ("val", "test"))
+        best = int(np.argmax(val["phrase_curve"]["iou"].numpy()))
+        half = int(np.argmax(val["phrase_curve"]["absent_accuracy"].numpy() >= 0.5))
+        assert found[f"{form}_iou"] == pytest.approx(float(test["phrase_curve"]["iou"][best]))
+        assert found[f"{form}_iou_at_50"] == pytest.approx(float(test["phrase_curve"]["iou"][half]))
+        assert found[f"{form}_ap"] == pytest.approx(test["phrase_ap"])
+    assert found["text_iou"] != found["image_iou"] and 0 < found["text_ap"] < 1 and "miou_seen" in found
+    assert at_half(torch.tensor([0.0, 0.4, 0.5, 0.9])) == 2 and at_half(torch.tensor([0.0, 0.4])) == 1
+
+
+def test_forms_of_a_network_of_words_and_of_data_without_examples():
+    segmenter, data = small_forms()
+    segmenter.network = PMP(128, backbone="conv", dim=16, num_queries=4, num_layers=1, num_heads=2, ffn_dim=16).eval()
+    found = score_forms(segmenter, data)
+    assert "text_ap" in found and "image_ap" not in found
+    data.supports = 0
+    with pytest.raises(InputError, match=r"set data\.supports"):
+        score_forms(segmenter, data)
+
+
+def test_a_variant_may_be_another_kind_of_run(tmp_path):
+    other = {"configs": ["conf/clipseg_scenes.yaml"], "options": {"trainer.max_steps": 7}}
+    found = Ablation.read(write(tmp_path, variants={"other": other}, groups={}))
+    words = found.trainings["other"].arguments(3)
+    assert words[:2] == ["-c", str(CONF / "clipseg_scenes.yaml")] and words[2:4] == ["--trainer.max_steps", "7"]
+    assert found.rows == ["pmp", "other"] and words[-2:] == ["--data.seed", "3"]
+    with pytest.raises(InputError, match=r"other: unknown key 'option'"):
+        Ablation.read(write(tmp_path, variants={"other": {"configs": [], "option": {}}}, groups={}))

@@ -166,6 +166,7 @@ def command(network, tmp_path, monkeypatch):
     spec = {"class_path": "pmpseg.data.Scenes", "init_args": {}}
     cpu = torch.device("cpu")
     model = SimpleNamespace(network=network, text=Words(), threshold=0.25, device=cpu, data=spec, region=None)
+    model.embed = model.showing = None
     vocabulary, kinds = Vocabulary.of(["x", "y", "z", "never"], unseen=[2]), ("thing", "part", "seen", "word")
     data = SimpleNamespace(vocabulary=vocabulary, phrase_kinds=kinds, test_dataloader=lambda: [batch()])
     monkeypatch.setattr(segmenter.Segmenter, "load", lambda folder, device: model)

@@ -142,6 +142,13 @@ def test_wrong_sizes_are_left_out(scenes, tmp_path):
     assert after.phrases == before.phrases[int((before.image_of == 0).sum()) :]
 
 
+def test_a_wrong_size_not_among_the_first_checked(scenes, tmp_path):
+    edit("image_data_split.json", lambda c: c[2].update(width=99))(copy(scenes, tmp_path))
+    source = make(tmp_path).source("train")
+    with pytest.raises(InputError, match=r"images/3.jpg is 128x128, but .* says 99x128: scripts/prepare_phrasecut.py finds"):
+        source.image(2)
+
+
 def copy(root: Path, folder: Path) -> Path:
     for path in [*root.glob("*.json"), *root.glob("images/*")]:
         target = folder / path.relative_to(root)

@@ -19,9 +19,8 @@ from pmpseg.errors import InputError
 from pmpseg.evaluation import Evaluator, numbers, table
 from pmpseg.image_prompts import visual_prompt
 from pmpseg.models import PMP
-from pmpseg.prompt_forms import PromptForm
 from pmpseg.segmenter import Segmenter
-from pmpseg.supports import Showing
+from pmpseg.supports import PromptForm, Showing
 
 pytestmark = pytest.mark.filterwarnings("ignore:prompt .* cut off")  # the tiny CLIP reads 16 tokens
 CONFIGS = Path(__file__).parents[1] / "conf" / "eval"
@@ -94,8 +93,8 @@ def test_one_shot_from_yaml_to_numbers(segmenter, folder, voc, tmp_path, form, c
         without += not valid.any()
         if form != "text" and valid.any():
             with torch.no_grad():
-                pictures, how = item["support_image"][0][valid].float() / 255, segmenter.showing
-                shown = visual_prompt(pictures, item["support_mask"][0][valid], how.preset, 64, how.mean)
+                mean = segmenter.network.mean.flatten().tolist()  # a folder of transformers' is shown examples as the paper does
+                shown = visual_prompt(item["support_image"][0][valid] / 255, item["support_mask"][0][valid], size=64, mean=mean)
                 mean = torch.stack([segmenter.network.embed(one[None])[0] for one in shown]).mean(0)
             asked = mean[None] if form == "image" else 0.25 * asked + 0.75 * mean
         found.append((sigmoids(segmenter, item["image"], asked, item["labels"].shape)[0], item))
@@ -187,18 +186,20 @@ def test_a_prompt_form_by_itself(segmenter):
     mask[..., 10:30, 12:40] = True
     valid = torch.tensor([[True, True], [False, False], [False, True]])
     text = segmenter.text.encode(["red circle", "square", "grass"])
-    seen = (segmenter.network.embed, Showing(48))
     with torch.no_grad():
         single = [segmenter.network.embed(visual_prompt(image[k, s, None].float() / 255, mask[k, s, None], size=48))[0]
                   for k, s in ((0, 0), (0, 1), (2, 1))]  # fmt: skip
-        asked, without = PromptForm("image", 0, *seen)(text, image[None], mask[None], valid[None], False)
-        mixed, _ = PromptForm("mixed", 0.3, *seen)(text, image[None], mask[None], valid[None], False)
+        def form(kind, weight=0.5):
+            return PromptForm(kind, weight, segmenter.embed, Showing(48))
+
+        asked, without = form("image")(text, image[None], mask[None], valid[None])
+        mixed, _ = form("mixed", 0.3)(text, image[None], mask[None], valid[None])
     wanted = torch.stack([(single[0] + single[1]) / 2, text.pooled[0, 1], single[2]])
     assert without == 1 and asked.pooled.shape == text.pooled.shape and asked.valid.all()
     torch.testing.assert_close(asked.pooled[0], wanted, rtol=1e-4, atol=1e-4)
     expected = torch.where(torch.tensor([[True], [False], [True]]), 0.3 * text.pooled[0] + 0.7 * wanted, wanted)
     torch.testing.assert_close(mixed.pooled[0], expected, rtol=1e-4, atol=1e-4)
-    nothing = PromptForm("image", 0, *seen)(text, image[None], mask[None], torch.zeros(1, 3, 2, dtype=torch.bool), False)
+    nothing = form("image")(text, image[None], mask[None], torch.zeros(1, 3, 2, dtype=torch.bool))
     assert nothing[1] == 3 and torch.equal(nothing[0].pooled, text.pooled)
 
 
@@ -249,17 +250,13 @@ def test_refusals(segmenter, voc, folder, tmp_path):
         evaluate.evaluate(segmenter, bare, prompt_form="image")
     assert "clipseg_ap" in evaluate.evaluate(segmenter, bare)
     data = Pascal5i(str(voc), image_size=64, num_workers=0)
-    network = PMP(backbone="test_resnet", text_dim=24, dim=32, num_queries=5, num_layers=2, num_heads=4, ffn_dim=32).eval()
-    blind = Segmenter(network, segmenter.text, data.vocabulary, 64)
-    with pytest.raises(InputError, match="this model"):
-        evaluate.evaluate(blind, data, prompt_form="image")
-    assert "clipseg_ap" in evaluate.evaluate(blind, data)
-    with pytest.raises(ValueError, match="wants embed and showing"):
-        PromptForm("mixed")
-    with pytest.raises(InputError, match="--text-weight: got 2"):
-        evaluate.main([str(folder), "--text-weight", "2"])
+    network = PMP(backbone="test_resnet", text_dim=24, dim=32, num_queries=5, num_layers=2, num_heads=4, ffn_dim=32)
+    with pytest.raises(InputError, match="takes no images as prompts"):
+        evaluate.evaluate(Segmenter(network, segmenter.text, None, 64), data, prompt_form="image")
     with pytest.raises(InputError, match="ask with --prompt-form text, or leave --region out"):
         evaluate.main([str(folder), "--prompt-form", "image", "--region", "tiny_clip"])
+    with pytest.raises(InputError, match="--text-weight: got 2"):
+        evaluate.main([str(folder), "--text-weight", "2"])
     with pytest.raises(InputError, match="prompt form: got 'picture'"):
         PromptForm("picture")
     with pytest.raises(ValueError, match="paper_metrics: got 'pmp'"):

@@ -95,7 +95,7 @@ def evaluate(
     from tqdm import tqdm
 
     from pmpseg.evaluation import Evaluator
-    from pmpseg.prompt_forms import PromptForm
+    from pmpseg.supports import PromptForm
 
     threshold = segmenter.threshold if threshold is None else threshold
     form = PromptForm(prompt_form, text_weight, segmenter.embed, segmenter.showing)

@@ -26,8 +26,8 @@ from .models.clip import TextEncoder
 from .models.prompts import Prompts
 from .models.region import Regions
 from .paper_metrics import ClipSegMetrics
-from .prompt_forms import PromptForm
 from .region_stage import RegionStage
+from .supports import PromptForm
 from .vocabulary import Vocabulary
 
 PHRASE_MODES = ("alone", "mixed", "own")
@@ -110,7 +110,7 @@ class Evaluator(nn.Module):
             if by_class is None:
                 words = with_synonyms([row[k] for k in asked], self.vocabulary)
                 regions = region.ask(image[i, None], words) if region else None
-                prompts = self._prompts(text, words, batch, i, asked)
+                prompts = self._prompts(network, text, words, batch, i, asked)
                 soft, scores = self._ask(network, features.select(i), prompts, regions)
             else:
                 soft, scores = (x[i, None] for x in by_class)
@@ -118,7 +118,7 @@ class Evaluator(nn.Module):
             self._score(answers(soft, scores, network.by_pixel)[0], batch, i, asked)
 
     def _prompts(
-        self, text: TextEncoder, words: list[str | list[str]], batch: dict[str, Any], i: int, asked: list[int]
+        self, network: Network, text: TextEncoder, words: list[str | list[str]], batch: dict[str, Any], i: int, asked: list[int]
     ) -> Prompts:
         """The prompts ``asked`` of image i in the form that this evaluator asks in."""
         prompts = text.encode(words)

@@ -16,6 +16,7 @@ from .image_prompts import ImagePrompt, MixedPrompt, VisualPrompt, visual_prompt
 from .models.prompts import Prompts
 
 AT_ONCE = 64  # images
+FORMS = ("text", "image", "mixed")
 Prompt = str | ImagePrompt | MixedPrompt
 
 
@@ -23,7 +24,8 @@ Prompt = str | ImagePrompt | MixedPrompt
 class Showing:
     """How an example is brought before the encoder's eyes; see ``image_prompts.visual_prompt``.
 
-    ``size``: the side of the picture. ``mean``: None, or the encoder's own, for what the paper's code does.
+    ``size``: the side of the picture, to which the shorter side of a larger image is shrunk first, since a blur counts in pixels.
+    ``mean``: None, or the encoder's own, for what the paper's code does.
     """
 
     size: int
@@ -35,6 +37,12 @@ class Showing:
             object.__setattr__(self, "preset", VisualPrompt(**self.preset))
 
     def __call__(self, images: Tensor, masks: Tensor) -> Tensor:
+        side = min(images.shape[-2:])
+        if side > self.size:
+            shape = [max(1, round(x * self.size / side)) for x in images.shape[-2:]]
+            images = F.interpolate(images, shape, mode="bilinear", antialias=True)
+            cover = F.interpolate(masks[:, None].float(), shape, mode="bilinear", antialias=True)[:, 0]
+            masks = cover >= cover.flatten(1).amax(1).clamp(max=0.5)[:, None, None]  # what is thin keeps a pixel
         return visual_prompt(images, masks, self.preset, self.size, self.mean)
 
 
@@ -57,6 +65,35 @@ def embed_supports(
     sums = found.new_zeros(*valid.shape, found.shape[-1])
     sums[valid] = found
     return sums.sum(2) / valid.sum(2, keepdim=True).clamp(min=1), valid.any(2)
+
+
+class PromptForm:
+    """What an evaluation asks with: ``text``, ``image`` (a prompt's examples) or ``mixed``, with this share of the text.
+
+    A prompt without an example is asked by its text in any form. ``embed`` and ``showing`` are a ``Segmenter``'s.
+    """
+
+    def __init__(
+        self,
+        form: str = "text",
+        text_weight: float = 0.5,
+        embed: Callable[[Tensor], Tensor] | None = None,
+        showing: Showing | None = None,
+    ) -> None:
+        if form not in FORMS:
+            raise InputError(f"prompt form: got {form!r}, want one of {', '.join(FORMS)}")
+        if not 0 <= text_weight <= 1:
+            raise InputError(f"text weight: got {text_weight}, want 0 (examples only) to 1 (text only)")
+        self.form, self.embed, self.showing = form, embed, showing
+        self.text_weight = {"text": 1.0, "image": 0.0, "mixed": text_weight}[form]
+
+    def __call__(
+        self, text: Prompts, images: Tensor, masks: Tensor, valid: Tensor, normalize: bool = False
+    ) -> tuple[Prompts, int]:
+        """``text`` (B, K) with examples as in ``embed_supports`` -> prompts (B, K), and how many of them have no example."""
+        assert self.embed and self.showing
+        shown, has = embed_supports(self.embed, self.showing, images, masks, valid)
+        return mix(text, shown.to(text.pooled.dtype), has, self.text_weight, normalize), int((~has & text.valid).sum())
 
 
 def mix(prompts: Prompts, shown: Tensor, has: Tensor, text_weight: Tensor | float, normalize: bool) -> Prompts:

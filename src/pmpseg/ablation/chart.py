@@ -13,6 +13,12 @@ LONG = {
     "iou_at_50": "IoU of phrases where 50 % of absent ones are answered with nothing",
     "iou_at_60": "IoU of phrases where 60 % of absent ones are answered with nothing",
     "recall": "IoU of the best proposal, chosen by the truth",
+    "text_iou": "IoU of phrases asked by text, at the best threshold",
+    "text_ap": "average precision of phrases asked by text",
+    "text_iou_at_50": "IoU by text where 50 % of absent phrases are answered with nothing",
+    "image_iou": "IoU of phrases asked by example, at the best threshold",
+    "image_ap": "average precision of phrases asked by example",
+    "image_iou_at_50": "IoU by example where 50 % of absent phrases are answered with nothing",
     "miou_seen": "mIoU of the class list, seen classes",
     "miou": "mIoU of the class list",
 }

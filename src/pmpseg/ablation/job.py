@@ -47,6 +47,7 @@ def score(folder: Path, model: Path, options: dict[str, Any], train_seconds: flo
     ``options``: ``data``, arguments of it that differ in scoring; ``asked`` of ``score_splits``; ``region``, a region model's
     folder or a CLIP, with what ``asked_as`` changes.
     """
+    from pmpseg.ablation.forms import score_forms
     from pmpseg.ablation.scoring import Phrases, asked_as, score_splits
     from pmpseg.ablation.table import write_rows
     from pmpseg.evaluate import build_data, own_data
@@ -60,7 +61,11 @@ def score(folder: Path, model: Path, options: dict[str, Any], train_seconds: flo
     changed = {"seed": 0, "num_workers": 0, **options.get("data", {})}
     data = build_data(spec | {"init_args": (spec.get("init_args") or {}) | changed})
     start = time.process_time()
-    rows, numbers = score_splits(segmenter, data, options.get("asked", "alone"))
+    rows: list[dict[str, Any]] = []
+    if options.get("asked") == "forms":
+        numbers = score_forms(segmenter, data)
+    else:
+        rows, numbers = score_splits(segmenter, data, options.get("asked", "alone"))
     images = len(data.dataset("val")) + len(data.dataset("test"))
     numbers |= {"image_seconds": (time.process_time() - start) / images}
     numbers |= {"parameters": sum(p.numel() for p in segmenter.network.parameters())}

@@ -6,10 +6,12 @@
       options: {trainer.max_steps: 300}       # its options
     variants:                                 # each is trained: the base with these options changed
       blind: {model.prompt_attention: none}
+      other: {configs: [conf/clipseg_scenes.yaml], options: {trainer.max_steps: 300}}   # or a run of its own
     evaluate:                                 # each is a trained model, by default the base's, asked otherwise
       together: {asked: mixed}                # or with a second stage: a part's, or a CLIP as it is
       crop: {region: tiny_clip, mode: crop, weight: 0.5, templates: ["a {}"]}
-    asked: alone                              # how phrases are asked where nothing else is said; or mixed: together
+    asked: alone                              # how phrases are asked where nothing else is said; mixed: together; forms: alone,
+                                              # once by text and once by example, as CLIPSeg's tables have it
     groups:                                   # for reading the table: factor -> names
       attention: [blind]
 
@@ -35,7 +37,7 @@ KEYS = ("base_name", "base", "variants", "evaluate", "parts", "groups", "asked")
 RUN_KEYS = ("configs", "options")
 STAGE = ("mode", "weight", "templates")  # of a second stage, where it is not as it was trained
 EVALUATION = ("model", "asked", "region", *STAGE)  # whose model, how its phrases are asked, and a second stage
-ASKED, MODES = ("alone", "mixed"), ("crop", "pool")
+ASKED, MODES = ("alone", "mixed", "forms"), ("crop", "pool")
 RESERVED = {"seed_everything", "data.seed", "trainer.default_root_dir", "ckpt_path"}  # which we set
 OTHER_SEED = re.compile(r"\{seed\+(\d+)\}")
 
@@ -100,6 +102,10 @@ class Ablation:
         start = Training(_configs(base, path), _options(base.get("options"), f"{path}: base.options"))
         trainings, parts = {base_name: start}, set()
         for name, options in _entries(content, "variants", path):
+            if isinstance(options, Mapping) and "configs" in options:
+                own = _mapping(options, RUN_KEYS, f"{path}: {name}")
+                trainings[name] = Training(_configs(own, path), _options(own.get("options"), f"{path}: {name}.options"))
+                continue
             difference = _options(options, f"{path}: {name}")
             if not difference.keys() - {k for k, v in difference.items() if k in start.options and start.options[k] == v}:
                 raise InputError(f"{path}: {name} does not differ from the base: give an option that it changes")

@@ -20,6 +20,12 @@ MEASURES = {
     "iou_at_50": "IoU at 50 %",
     "iou_at_60": "IoU at 60 %",
     "recall": "best proposal",
+    "text_iou": "IoU by text",
+    "text_ap": "AP by text",
+    "text_iou_at_50": "by text at 50 %",
+    "image_iou": "IoU by example",
+    "image_ap": "AP by example",
+    "image_iou_at_50": "by example at 50 %",
     "miou_seen": "mIoU seen",
     "miou": "mIoU",
 }
@@ -27,6 +33,11 @@ COSTS = {"parameters": "parameters", "step_seconds": "CPU-s a step", "image_seco
 PHRASES = (
     "IoU: of phrases on the test split, at thresholds of the validation split that answer 50 or 60 % of its absent phrases with "
     "nothing. Best proposal: the best IoU of any query, chosen by the truth."
+)
+FORMS = (
+    "Of phrases on the test split, asked by text or by an example: mean IoU of those that are there, at the threshold that is "
+    "best on the validation split; average precision over the pixels of all; mean IoU at the threshold that answers half of the "
+    "validation split's absent phrases with nothing."
 )
 CHANCE = (
     "With {pairs} pairs a difference is outside of chance (95 %, one comparison) where it exceeds {factor:.1f} times its "
@@ -132,13 +143,15 @@ def markdown(rows: Sequence[Row], title: str) -> str:
             pairs.append(max(len(gains[m].get(name, [])) for m in measures))
             cells = [_percent(gains[m].get(name, []), sign=True) for m in measures]
             lines.append(_line([factor[name], name, str(pairs[-1]), *cells]))
-    return "\n".join([*lines, "", *_reading(max(pairs, default=0), "recall" in measures)]) + "\n"
+    return "\n".join([*lines, "", *_reading(max(pairs, default=0), measures)]) + "\n"
 
 
-def _reading(pairs: int, phrases: bool) -> list[str]:
+def _reading(pairs: int, measures: Sequence[str]) -> list[str]:
     lines = ["Percent; mean ± standard deviation over seeds, which change the weights and the training data."]
-    if phrases:
+    if "recall" in measures:
         lines.append(PHRASES)
+    if "text_iou" in measures:
+        lines.append(FORMS)
     if pairs > 1:
         factor = float(student.ppf(0.975, pairs - 1)) / math.sqrt(pairs)
         lines.append(CHANCE.format(pairs=pairs, factor=factor))

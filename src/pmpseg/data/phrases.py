@@ -74,7 +74,7 @@ class PhraseData(SegmentationData):
         for name, word, known in (("prefixes", prefixes, tuple(PREFIXES)), ("crop", crop, ("object", "none"))):
             if word not in known:
                 raise InputError(f"{name}: got {word!r}, want one of {', '.join(known)}")
-        self.supports = supports
+        self.supports, self.square = supports, square
         self.options = PhraseOptions(
             image_size,
             negatives,

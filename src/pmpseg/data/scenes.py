@@ -7,6 +7,8 @@ Splits: ``train`` and ``val`` draw and ask only what is *seen*; ``test`` has as 
 colour and a shape that never met in training) and about unseen *words* (star, heart, gravel) as about seen things.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -34,6 +36,8 @@ class Scenes(SegmentationData):
         train_length, val_length, test_length: scenes in each split.
         num_prompts: K, the prompts of a training image; null for all seen classes beside its phrases.
         batch_size, eval_batch_size, num_workers, seed: see ``SegmentationData``.
+        negatives: share of training prompts with nothing to find, half of them phrases and half classes; null: what is left of
+            num_prompts when all that is there is asked, which is nothing where it is small.
         supports: S, other scenes with a mask that go with each prompt to show it (see ``scene_support.py``); 0 for none.
     """
 
@@ -49,13 +53,16 @@ class Scenes(SegmentationData):
         num_workers: int = 1,
         seed: int = 0,
         supports: int = 0,
+        negatives: float | None = None,
     ) -> None:
+        if negatives is not None and not 0 <= negatives <= 1:
+            raise InputError(f"negatives: got {negatives}, want 0 to 1, a share of the training prompts, or null")
         if supports < 0:
             raise InputError(f"supports: got {supports}, want 0 or more scenes a prompt")
         if not 64 <= image_size <= 256:
             raise InputError(f"image_size: got {image_size}, want 64 to 256 pixels; things do not grow with the scene")
         super().__init__(image_size, num_prompts, batch_size, eval_batch_size, num_workers, seed)
-        self.supports = supports
+        self.supports, self.negatives = supports, negatives
         self.lengths = {"train": train_length, "val": val_length, "test": test_length}
         unseen = [i for i, name in enumerate(CLASSES) if CLASS_GROUP[name] != "seen"]
         self.vocabulary = Vocabulary(list(CLASSES), [[name] for name in CLASSES], unseen)
@@ -126,11 +133,32 @@ class SceneDataset(SegmentationDataset):
         absent = rng.permutation([c for c in self.data.vocabulary.seen if c not in here])
         kinds = [k for k in (*PHRASE_KINDS, "attributes") if k != "stuff"]
         phrases = [present_phrase(scene, kind, rng) for kind in kinds]
+        if self.data.negatives is not None:
+            return self._shared_out(phrases, here, absent, scene, rng)
         phrases += [absent_phrase(scene, rng) for _ in range((self.data.num_prompts or 5 * len(PHRASE_KINDS)) // 5)]
         asked: list[Ask] = [(CLASSES[c], c, c) for c in here]
-        asked += [(text, p, -1) for text, p in {p.text: p for p in phrases if p is not None}.items() if text not in CLASSES]
+        asked += _as_asks(phrases)
         asked += [(CLASSES[c], int(c), int(c)) for c in absent[: max(0, size - len(asked))]]
         return [asked[i] for i in rng.permutation(len(asked))[:size]]
+
+
+    def _shared_out(
+        self, phrases: Sequence[Phrase | None], here: Sequence[int], absent: np.ndarray, scene: Scene, rng: np.random.Generator
+    ) -> list[Ask]:
+        """As many present and absent prompts as ``negatives`` says, in the mean, in any order."""
+        size, share = self._num_prompts(), self.data.negatives or 0.0
+        without = int(rng.binomial(size, share))
+        nothing = [absent_phrase(scene, rng) for _ in range(without // 2)]
+        found: list[Ask] = [(CLASSES[c], int(c), int(c)) for c in here] + _as_asks(phrases)
+        missing = _as_asks(nothing)
+        missing += [(CLASSES[c], int(c), int(c)) for c in absent[: without - len(missing)]]
+        asked = [found[i] for i in rng.permutation(len(found))[: size - without]] + missing
+        return [asked[i] for i in rng.permutation(len(asked))]
+
+
+def _as_asks(phrases: Sequence[Phrase | None]) -> list[Ask]:
+    """Each phrase once, without those that are classes."""
+    return [(text, p, -1) for text, p in {p.text: p for p in phrases if p is not None}.items() if text not in CLASSES]
 
 
 def label_map(scene: Scene) -> np.ndarray:

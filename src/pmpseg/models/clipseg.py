@@ -58,6 +58,7 @@ class CLIPSeg(nn.Module):
         backbone_frozen: the encoder does not learn, as in the paper.
         backbone_random: take the encoder's shape only, and draw its weights anew.
         backbone_mean, backbone_std: of images in [0, 1]. Default: the encoder's own; the paper's code gives CLIP ImageNet's.
+        backbone_options: further arguments of a timm encoder, as ``{"patch_size": 8}``.
         blocks: of the encoder, from 0, that the decoder reads, in rising order. Default: (3, 7, 9) of 12, as in the paper.
         dim: D; 64 and 16 in the paper.
         conditional_layer: the decoder block before which the prompt acts, from 0, which is the deepest level's.
@@ -81,6 +82,7 @@ class CLIPSeg(nn.Module):
         backbone_random: bool = False,
         backbone_mean: tuple[float, float, float] | None = None,
         backbone_std: tuple[float, float, float] | None = None,
+        backbone_options: dict | None = None,
         blocks: Sequence[int] | None = None,
         dim: int = 64,
         conditional_layer: int = 0,
@@ -100,7 +102,7 @@ class CLIPSeg(nn.Module):
             raise InputError(f"dim {dim} does not divide into {num_heads} heads: make it a multiple")
         self.backbone = build_token_backbone(
             backbone, backbone_weights, backbone_config, blocks=blocks, mean=backbone_mean, std=backbone_std,
-            frozen=backbone_frozen, random=backbone_random,
+            frozen=backbone_frozen, options=backbone_options, random=backbone_random,
         )  # fmt: skip
         tower, depth = self.backbone.tower, len(self.backbone.blocks)
         if not 0 <= conditional_layer < depth:
@@ -118,7 +120,8 @@ class CLIPSeg(nn.Module):
         self.text_dim = text_dim
         #: Images, and masks of their pixels, need no padding: logits have the image's size.
         self.pad = 1
-        left_out = {"self", "__class__", "backbone_weights", "backbone_random", "backbone_mean", "backbone_std", "blocks"}
+        left_out = {"self", "__class__", "blocks"}
+        left_out |= {f"backbone_{name}" for name in ("weights", "random", "mean", "std", "options")}  # the backbone's own config
         #: The arguments that rebuild this network with no weights at hand, as plain JSON values.
         self.config: dict[str, Any] = {k: v for k, v in given.items() if k not in left_out}
         self.config |= {"backbone_config": self.backbone.config}

@@ -136,6 +136,7 @@ def build_token_backbone(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     frozen: bool | None = None,
+    options: dict | None = None,
     random: bool = False,
 ) -> TokenBackbone:
     """A vision transformer by name.
@@ -146,14 +147,15 @@ def build_token_backbone(
     blocks: those that are read, from 0. Default: what CLIPSeg's (3, 7, 9) of 12 are in a network of this depth.
     mean, std: 3 numbers each, of images in [0, 1]. Default: those the name or CLIP folder comes with.
     frozen: it does not learn. Default: True.
+    options: further arguments of the timm network, as ``patch_size``.
     random: only the shape is taken, and the weights are drawn anew ("no CLIP weights" of the paper's ablation).
 
     Raises InputError for a name, weights or setting that cannot be used.
     """
-    config = {"name": name, "frozen": True} | (config or {})
+    config = {"name": name, "frozen": True, "options": {}} | (config or {})
     if config["name"] != name:
         raise InputError(f"got the config of backbone {config['name']!r} for {name!r}; wanted the same name")
-    given = {"blocks": blocks, "mean": mean, "std": std, "frozen": frozen}
+    given = {"blocks": blocks, "mean": mean, "std": std, "frozen": frozen, "options": options}
     config |= {key: value for key, value in given.items() if value is not None}
     tower, own = (_clip if name == "clip" else _timm)(config, None if weights is None else str(weights))
     if random:
@@ -169,6 +171,8 @@ def build_token_backbone(
 
 
 def _clip(config: dict, weights: str | None) -> tuple[ClipTokens, dict]:
+    if config["options"]:
+        raise InputError("backbone 'clip' got options; they are for timm's networks")
     if weights is not None:
         vision, own = load_clip_vision(weights, CLIPVisionModelWithProjection)
     elif "vision" in config:
@@ -181,7 +185,7 @@ def _clip(config: dict, weights: str | None) -> tuple[ClipTokens, dict]:
 
 def _timm(config: dict, weights: str | None) -> tuple[TimmTokens, dict]:
     name = config["name"]
-    net = network_of_timm(name, weights, {}, features_only=False)
+    net = network_of_timm(name, weights, config["options"], features_only=False)
     if is_file(weights):
         load_weights(net, weights, name)
     cfg = timm.get_pretrained_cfg(name)

@@ -35,6 +35,7 @@ class CLIPSegModule(EvaluatedModule):
         backbone_random: take the encoder's shape only and draw its weights anew, the paper's "no CLIP pre-training".
         backbone_mean: of images in [0, 1]; default: the encoder's own. The paper's code has ImageNet's before CLIP.
         backbone_std: likewise.
+        backbone_options: further arguments of a timm encoder, as {"patch_size": 8}.
         blocks: of the encoder, from 0, that the decoder reads; default: where (3, 7, 9) of 12 lie.
         dim: of the decoder; 64 and 16 in the paper.
         conditional_layer: the decoder block before which the prompt acts, from 0.
@@ -67,6 +68,7 @@ class CLIPSegModule(EvaluatedModule):
         backbone_random: bool = False,
         backbone_mean: tuple[float, float, float] | None = None,
         backbone_std: tuple[float, float, float] | None = None,
+        backbone_options: dict[str, Any] | None = None,
         blocks: list[int] | None = None,
         dim: int = 64,
         conditional_layer: int = 0,
@@ -102,6 +104,7 @@ class CLIPSegModule(EvaluatedModule):
                 backbone_random=backbone_random,
                 backbone_mean=backbone_mean,
                 backbone_std=backbone_std,
+                backbone_options=backbone_options,
                 blocks=blocks,
                 dim=dim,
                 conditional_layer=conditional_layer,
