@@ -13,8 +13,8 @@ help: ## show this list
 demo: .venv/.installed ## train on generated scenes, evaluate, and write a page of pictures
 	$(FAST) $(BIN)/python -m pmpseg.demo
 
-test: .venv/.test ## run the test suite
-	$(FAST) $(BIN)/python -m pytest
+test: .venv/.test ## run the test suite, a process a core
+	OMP_NUM_THREADS=1 $(FAST) $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 lint: .venv/.lint ## check style (ruff) and types (mypy)
 	$(BIN)/ruff check .
