@@ -69,11 +69,13 @@ class TimmTokens(nn.Module):
     def forward(self, x: Tensor, blocks: Sequence[int]) -> list[Tensor]:
         """As ``ClipTokens``."""
         chosen = sorted(blocks)
+        with_prefix = self.extra > 0  # where there is none, timm does not give pairs
         found = self.net.forward_intermediates(
-            x, chosen, return_prefix_tokens=True, stop_early=True, output_fmt="NLC", intermediates_only=True
+            x, chosen, return_prefix_tokens=with_prefix, stop_early=True, output_fmt="NLC", intermediates_only=True
         )
-        tokens = {block: torch.cat([prefix, patches], 1) for block, (patches, prefix) in zip(chosen, found, strict=True)}
-        return [tokens[block] for block in blocks]
+        tokens = [torch.cat([prefix, patches], 1) for patches, prefix in found] if with_prefix else found
+        by_block = dict(zip(chosen, tokens, strict=True))
+        return [by_block[block] for block in blocks]
 
     def embed(self, x: Tensor) -> Tensor:
         """(B, W): what the network's classifier reads."""
