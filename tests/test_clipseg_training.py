@@ -432,7 +432,13 @@ def test_a_finished_run_that_is_continued_keeps_its_best(clip, tmp_path, monkeyp
     options = [*MODULE, *SCENES, *QUIET, "--model.text", str(clip), "--model.backbone_weights", str(clip)]
     options += [*"--trainer.max_steps 2 --trainer.val_check_interval 1".split(), "--trainer.default_root_dir", str(tmp_path)]
     fit.main(options)
-    before = Segmenter.load(tmp_path / "model")
+    before, ends = Segmenter.load(tmp_path / "model"), {}
+    for name in ("best", "last"):
+        state = torch.load(tmp_path / "checkpoints" / f"{name}.ckpt", weights_only=True)["state_dict"]
+        ends[name] = {k.removeprefix("network."): v for k, v in state.items()}
+    own = before.network.state_dict()
+    assert all(torch.equal(own[k], v) for k, v in ends["best"].items())
+    assert not all(torch.equal(own[k], v) for k, v in ends["last"].items())
     assert json.loads((tmp_path / "metrics.json").read_text())["best"]["step"] == 1
     fit.main([*options, "--ckpt_path", "last"])  # nothing is left to do
     assert json.loads((tmp_path / "metrics.json").read_text())["best"]["step"] == 1
@@ -469,6 +475,23 @@ def test_the_config_of_scenes(tmp_path):
     assert not segmenter.square and segmenter.showing == Showing(64) and len(losses(root)) == 3
     found = [evaluate.main([str(root / "model"), "--prompt-form", form])["phrase_ap"] for form in ("text", "image")]
     assert found[0] != found[1] and (root / "metrics_test.json").is_file()
+
+
+def test_the_papers_config(tmp_path, phrasecut):
+    """In bfloat16, on a small CLIP and its blocks: the rest is as on the GPU."""
+    config = ["-c", str(CONF / "clipseg_phrasecut.yaml")]
+    short = "--model.text tiny_clip --model.backbone_weights tiny_clip --model.blocks [1,3,5] --model.ffn_dim 64"
+    short += f" --data.root {phrasecut} --data.image_size 64 --data.batch_size 4 --trainer.max_steps 2"
+    short += f" --trainer.val_check_interval 2 --trainer.default_root_dir {tmp_path}/"
+    half, whole = ([*config, *short.split(), *QUIET] for _ in range(2))
+    half[-len(QUIET) - 1] += "half"
+    whole[-len(QUIET) - 1] += "whole"
+    roots = [fit.main(half), fit.main([*whole, "--trainer.precision", "32-true"])]
+    a, b = (losses(root) for root in roots)
+    assert a == pytest.approx(b, rel=0.02) and a != b
+    segmenter = Segmenter.load(roots[0] / "model")
+    mean = segmenter.network.mean.flatten().tolist()
+    assert mean == pytest.approx([0.485, 0.456, 0.406]) == list(segmenter.showing.mean)
 
 
 def test_the_config_of_coco(tmp_path, shared, monkeypatch):
