@@ -263,7 +263,7 @@ def test_spread_is_a_transposed_convolution():
         {},
         {"decoder": "mlp", "blocks": (2,)},
         {"backbone": "vit_tiny_patch16_224", "blocks": (1, 2)},
-        {"upsampling": "refined", "conditional_layer": 2},
+        {"upsampling": "refined", "conditional_layer": 2, "blocks": (0, 1, 3)},
         {"upsampling": "bilinear", "backbone_frozen": False},
     ],
 )
@@ -314,7 +314,7 @@ def test_random_weights_of_the_same_shape(clip):
         ({"upsampling": "nearest"}, "upsampling: got 'nearest'"),
         ({"dim": 18}, "dim 18 does not divide into 4 heads"),
         ({"blocks": (0, 4)}, r"blocks: got \[0, 4\], want some of 0 to 3"),
-        ({"conditional_layer": 3}, "conditional_layer: got 3, want 0 to 2"),
+        ({"conditional_layer": 3, "blocks": (0, 1, 3)}, "conditional_layer: got 3, want 0 to 2"),
         ({"backbone": "resnet18"}, "is no plain ViT"),
         ({"backbone": "clip"}, "got no weights"),
     ],

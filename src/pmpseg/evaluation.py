@@ -207,16 +207,16 @@ def as_json(value: Any) -> Any:
 
 
 def best_threshold(scores: dict[str, Any]) -> float | None:
-    """The threshold at which present and absent phrases are answered best together; None without phrases.
+    """The threshold at which present and absent phrases are answered best together; None where no phrase is present.
 
     Choose it on a validation split. It maximises the harmonic mean of the IoU on present phrases and the accuracy on absent ones:
-    their sum would have a weak model answer nothing at all.
+    their sum would have a weak model answer nothing at all. Where no phrase is absent it is the best IoU's.
     """
-    if "phrase_curve" not in scores:
+    if "phrase_curve" not in scores or scores["phrase_curve"]["iou"].isnan().all():
         return None
     curve = scores["phrase_curve"]
-    iou, absent = torch.nan_to_num(curve["iou"]), torch.nan_to_num(curve["absent_accuracy"])
-    both = 2 * iou * absent / (iou + absent).clamp(min=1e-9)
+    iou, absent = curve["iou"], curve["absent_accuracy"]
+    both = iou if absent.isnan().all() else 2 * iou * absent / (iou + absent).clamp(min=1e-9)
     return round(float(curve["threshold"][both.argmax()]), 4)
 
 

@@ -77,6 +77,7 @@ def _quieten() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer warns when workers are forked after its use
     patterns = ["does not have many workers", "Checkpoint directory .* exists", "isinstance.*LeafSpec"]
     patterns += ["in eval mode at the start", "your dataloader is not resumable"]  # its sampler is
+    patterns += ["smaller than the logging interval"]  # which counts steps over all epochs
     for pattern in patterns:
         warnings.filterwarnings("ignore", f".*{pattern}")
     for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):

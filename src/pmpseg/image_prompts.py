@@ -87,7 +87,7 @@ def visual_prompt(
     The blur counts in pixels of the images as they come, which in the paper are 352 on a side: a photo of thousands is hardly
     blurred unless it is made smaller first.
     """
-    settings = _settings(preset)
+    settings = settings_of(preset)
     _check(images, masks, size, mean)
     with torch.autocast(images.device.type, enabled=False):
         nothing = torch.tensor([0.0] * 3 if mean is None else list(mean), device=images.device).view(3, 1, 1)
@@ -190,7 +190,8 @@ def _open_mask(path: Path) -> Image.Image:
     return picture
 
 
-def _settings(preset: str | VisualPrompt) -> VisualPrompt:
+def settings_of(preset: str | VisualPrompt) -> VisualPrompt:
+    """Raises InputError for an unknown name."""
     if isinstance(preset, VisualPrompt):
         return preset
     if preset not in PRESETS:

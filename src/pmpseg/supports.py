@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import InputError
-from .image_prompts import ImagePrompt, MixedPrompt, VisualPrompt, visual_prompt
+from .image_prompts import ImagePrompt, MixedPrompt, VisualPrompt, settings_of, visual_prompt
 from .models.prompts import Prompts
 
 AT_ONCE = 64  # images
@@ -35,6 +35,9 @@ class Showing:
     def __post_init__(self) -> None:
         if isinstance(self.preset, dict):  # from a model's config.json
             object.__setattr__(self, "preset", VisualPrompt(**self.preset))
+        settings_of(self.preset)
+        if self.size < 1:
+            raise InputError(f"prompt_size: got {self.size}, want 1 pixel or more, as the encoder was trained with")
 
     def __call__(self, images: Tensor, masks: Tensor) -> Tensor:
         side = min(images.shape[-2:])

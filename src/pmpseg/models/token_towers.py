@@ -13,6 +13,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -59,7 +60,7 @@ class TimmTokens(nn.Module):
 
     def __init__(self, net: Any, name: str) -> None:
         super().__init__()
-        if not hasattr(net, "blocks") or not hasattr(net, "patch_embed"):
+        if not hasattr(net, "blocks") or not isinstance(getattr(net, "patch_embed", None), PatchEmbed):
             raise InputError(f"backbone {name!r} is no plain ViT; want one, as vit_base_patch16_384, or 'clip'")
         self.net = net
         self.width, self.depth, self.patch = net.embed_dim, len(net.blocks), net.patch_embed.patch_size[0]
@@ -68,18 +69,21 @@ class TimmTokens(nn.Module):
     def forward(self, x: Tensor, blocks: Sequence[int]) -> list[Tensor]:
         """As ``ClipTokens``."""
         chosen = sorted(blocks)
+        with_prefix = self.extra > 0  # where there is none, timm does not give pairs
         found = self.net.forward_intermediates(
-            x, chosen, return_prefix_tokens=True, stop_early=True, output_fmt="NLC", intermediates_only=True
+            x, chosen, return_prefix_tokens=with_prefix, stop_early=True, output_fmt="NLC", intermediates_only=True
         )
-        tokens = {block: torch.cat([prefix, patches], 1) for block, (patches, prefix) in zip(chosen, found, strict=True)}
-        return [tokens[block] for block in blocks]
+        tokens = [torch.cat([prefix, patches], 1) for patches, prefix in found] if with_prefix else found
+        by_block = dict(zip(chosen, tokens, strict=True))
+        return [by_block[block] for block in blocks]
 
     def embed(self, x: Tensor) -> Tensor:
         """(B, W): what the network's classifier reads."""
         return self.net.forward_head(self.net.forward_features(x), pre_logits=True)
 
     def not_read(self, blocks: Sequence[int]) -> list[nn.Module]:
-        return [*self.net.blocks[max(blocks) + 1 :], self.net.norm, self.net.fc_norm]
+        pool = getattr(self.net, "attn_pool", None)
+        return [*self.net.blocks[max(blocks) + 1 :], self.net.norm, self.net.fc_norm, *([pool] if pool else [])]
 
 
 class TokenBackbone(nn.Module):

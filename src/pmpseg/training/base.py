@@ -12,6 +12,9 @@ from pmpseg.models.clip import TextEncoder
 from pmpseg.models.prompts import Prompts
 from pmpseg.supports import Showing, embed_supports, mix
 
+# Parameters that are tables of embeddings, or an embedding, by a part of their names.
+EMBEDDINGS = ("query_decoder.query", "level_embedding", "relative_position_bias_table", "pos_embed", "cls_token", "reg_token")
+
 
 class EvaluatedModule(LightningModule):
     """A subclass sets ``text`` and ``network`` and has a hyperparameter ``threshold``. The classes are those of the data.
@@ -78,7 +81,9 @@ class EvaluatedModule(LightningModule):
             self.print(f"\nstep {self.global_step}\n{table(self.scores, self.evaluator.vocabulary)}\n")
 
 
-def check_text_weight(text_weight: tuple[float, float]) -> None:
+def check_prompting(text_weight: tuple[float, float], visual_prompt: str, prompt_size: int | None) -> None:
+    """Raises InputError for settings of examples that would fail in the first step only."""
+    Showing(1 if prompt_size is None else prompt_size, visual_prompt)
     low, high = text_weight
     if not 0 <= low <= high <= 1:
         raise InputError(f"text_weight: got {list(text_weight)}, want [low, high] within 0 to 1, the text's share")
@@ -89,3 +94,18 @@ def prompt_targets(batch: dict[str, Any]) -> Tensor:
     if "prompt_masks" in batch:
         return batch["prompt_masks"]
     return batch["labels"][:, None] == batch["prompt_class"][..., None, None]
+
+
+def parameter_groups(network: Any, lr: float, backbone_lr_factor: float, weight_decay: float) -> list[dict[str, Any]]:
+    """What learns, in four groups: pretrained or not, decayed (matrices) or not (norms, biases, embeddings)."""
+    pretrained = {id(p) for p in network.backbone.tower.parameters()}
+    embeddings = {id(m.weight) for m in network.modules() if isinstance(m, torch.nn.Embedding)}
+    groups: dict[tuple[bool, bool], list[Tensor]] = {}
+    for name, p in network.named_parameters():
+        if p.requires_grad:
+            plain = p.ndim < 2 or id(p) in embeddings or any(part in name for part in EMBEDDINGS)
+            groups.setdefault((id(p) in pretrained, plain), []).append(p)
+    return [
+        {"params": params, "lr": lr * (backbone_lr_factor if old else 1), "weight_decay": 0.0 if plain else weight_decay}
+        for (old, plain), params in groups.items()
+    ]

@@ -84,10 +84,12 @@ class RunRecord(Callback):
         self.data, self.encoders, self.monitor, self.pictures = data, encoders, monitor, pictures
         self.history: list[dict[str, float]] = []
 
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.monitor = getattr(pl_module, "monitor", self.monitor)
+
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.sanity_checking:
             return
-        self.monitor = getattr(pl_module, "monitor", self.monitor)
         threshold = best_threshold(pl_module.scores)
         chosen = {"threshold": pl_module.hparams.threshold if threshold is None else threshold}
         self.history.append({"step": trainer.global_step, **numbers(pl_module.scores), **chosen})
@@ -157,7 +159,8 @@ class RegionRecord(RunRecord):
 def example_rows(segmenter: Segmenter, dataset: Any, count: int) -> list[Row]:
     """Rows to look at, of images spread over a data set: the class list, or one phrase, every fourth with nothing to find."""
     rows: list[Row] = []
-    for n in range(min(count, len(dataset))):
+    count = min(count, len(dataset))
+    for n in range(count):
         item = dataset[n * len(dataset) // count]
         height, width = item["labels"].shape  # the image's own size, which the item's image may have lost
         image = Image.fromarray(item["image"].permute(1, 2, 0).numpy()).resize((width, height), Image.Resampling.BILINEAR)

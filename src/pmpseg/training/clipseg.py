@@ -13,16 +13,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pmpseg.data.base import IGNORE
+from pmpseg.errors import InputError
 from pmpseg.hub import shipped_or
 from pmpseg.losses import mean_over_ranks
 from pmpseg.models.clip import TextEncoder
 from pmpseg.models.clipseg import CLIPSeg
 
-from .base import EvaluatedModule, check_text_weight, prompt_targets
+from .base import EvaluatedModule, check_prompting, parameter_groups, prompt_targets
 
 
 class CLIPSegModule(EvaluatedModule):
-    """CLIPSeg with its frozen text side, its loss and its metrics. The defaults are the paper's, for a CLIP of any depth.
+    """CLIPSeg with its frozen text side, its loss and its metrics. The defaults are the paper's, but for the tiny CLIP.
 
     Args:
         text: Hugging Face folder or hub id of a CLIP, whose text side is read; "tiny_clip" ships with pmpseg.
@@ -30,31 +31,32 @@ class CLIPSegModule(EvaluatedModule):
         start_from: folder or hub id of transformers' CLIPSeg, whose network, weights and text side are taken; what is said of the
             backbone and of the decoder is then not used.
         backbone: "clip", or a plain ViT of timm (ViTSeg).
-        backbone_weights: null (random), of "clip" a folder or hub id, of timm "timm", a hub id, or a local file.
+        backbone_weights: for "clip" a folder or hub id; for a timm name "timm", a hub id, a local file, or null (random).
         backbone_frozen: the encoder does not learn, as in the paper.
         backbone_random: take the encoder's shape only and draw its weights anew, the paper's "no CLIP pre-training".
-        backbone_mean: of images in [0, 1]; default: the encoder's own. The paper's code has ImageNet's before CLIP.
-        backbone_std: likewise.
+        backbone_mean: what images in [0, 1] are normalised with; null: the encoder's own. The paper's code has ImageNet's.
+        backbone_std: likewise, the standard deviation.
         backbone_options: further arguments of a timm encoder, as {"patch_size": 8}.
-        blocks: of the encoder, from 0, that the decoder reads; default: where (3, 7, 9) of 12 lie.
-        dim: of the decoder; 64 and 16 in the paper.
+        blocks: which blocks of the encoder, from 0, the decoder reads; null: where [3, 7, 9] of 12 lie.
+        dim: width of the decoder; 64 and 16 in the paper.
         conditional_layer: the decoder block before which the prompt acts, from 0.
-        num_heads: of the decoder's attention.
-        ffn_dim: of its feed-forward parts.
-        dropout: of the decoder.
-        decoder: transformer, or mlp (CLIP-Deconv).
-        upsampling: transposed, refined (a 3x3 convolution first) or bilinear.
-        image_projection: of a timm encoder's image embedding to the texts' space: learned, or fixed at random (the paper's code).
-        text_weight: range of the text's share in a prompt that has an example; the paper's PC+ has [0, 0.5], [1, 1] is text only.
-        visual_prompt: what is done to an example, see pmpseg.image_prompts.
-        after_normalisation: do it to the normalised image, as the paper's code does.
+        num_heads: heads of the decoder's attention.
+        ffn_dim: hidden width of its feed-forward parts.
+        dropout: share of the decoder's activations that is dropped.
+        decoder: transformer blocks, or mlp, each token by itself (CLIP-Deconv, with one block).
+        upsampling: from patches to pixels: transposed convolution, refined (a 3x3 convolution first), or bilinear.
+        image_projection: of a timm encoder's embedding to the texts' space: learned, or fixed at random (the paper's code).
+        text_weight: range from which the text's share is drawn in a prompt that has an example; the code's PC+ has [0, 0.5],
+            [1, 1] is text only.
+        visual_prompt: how an example's mask is shown: crop_blur_highlight, crop, highlight, ... (pmpseg.image_prompts.PRESETS).
+        after_normalisation: show it on the normalised image, as the paper's code does: darker is then nearer to the mean.
         prompt_size: side of the example as the encoder sees it; null: the data's image size.
-        lr: of AdamW.
-        min_lr: to which it falls as a cosine.
+        lr: learning rate of AdamW.
+        min_lr: to which it falls as a cosine until the last step.
         backbone_lr_factor: how much slower the encoder learns, where it does.
-        weight_decay: of matrices.
-        warmup_steps: of a linear warm-up; the paper has none.
-        threshold: of pixels, in validation; the model that a run saves has one chosen on the validation split.
+        weight_decay: of matrices; norms, biases and embeddings have none.
+        warmup_steps: steps of a linear warm-up; the paper has none.
+        threshold: above which a pixel belongs to a prompt, in validation; the model that a run saves has one chosen there.
     """
 
     def __init__(
@@ -90,7 +92,9 @@ class CLIPSegModule(EvaluatedModule):
         threshold: float = 0.3,
     ) -> None:
         super().__init__()
-        check_text_weight(text_weight)
+        if not 0 <= min_lr <= lr:
+            raise InputError(f"min_lr: got {min_lr}, want 0 to the lr that falls to it, which is {lr}")
+        check_prompting(text_weight, visual_prompt, prompt_size)
         self.save_hyperparameters()
         self.text = TextEncoder(shipped_or(start_from or text), templates, normalize=False)
         if start_from:
@@ -135,7 +139,9 @@ class CLIPSegModule(EvaluatedModule):
         return "val/phrase_ap" if getattr(data, "phrase_kinds", ()) else "val/miou"
 
     def from_elsewhere(self, name: str) -> bool:
-        return not self.hparams["backbone_random"] and name.startswith("network.backbone.tower.")
+        p = self.hparams
+        drawn = not p["start_from"] and (p["backbone_random"] or p["backbone_weights"] is None)
+        return not drawn and name.startswith("network.backbone.tower.")
 
     def training_step(self, batch: dict[str, Any], _: int) -> Tensor:
         prompts = self.prompts_of(batch)
@@ -148,22 +154,14 @@ class CLIPSegModule(EvaluatedModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         steps, p = self.trainer.estimated_stepping_batches, self.hparams
-        groups: dict[tuple[bool, bool], list[Tensor]] = {}
-        for name, parameter in self.network.named_parameters():
-            if parameter.requires_grad:
-                groups.setdefault((name.startswith("backbone."), parameter.ndim < 2), []).append(parameter)
-        slower, decay = p["backbone_lr_factor"], p["weight_decay"]
-        options = [
-            {"params": parameters, "lr": p["lr"] * (slower if old else 1), "weight_decay": 0.0 if flat else decay}
-            for (old, flat), parameters in groups.items()
-        ]
-        lowest = p["min_lr"] / p["lr"]
+        groups = parameter_groups(self.network, p["lr"], p["backbone_lr_factor"], p["weight_decay"])
+        lowest = p["min_lr"] / p["lr"] if p["lr"] else 0.0
 
         def factor(step: int) -> float:
             warm = min(1.0, (step + 1) / max(1, p["warmup_steps"]))
             return warm * (lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
 
-        optimizer = torch.optim.AdamW(options)
+        optimizer = torch.optim.AdamW(groups)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

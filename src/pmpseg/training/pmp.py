@@ -17,10 +17,7 @@ from pmpseg.models.clip import TextEncoder
 from pmpseg.models.pmp import PMP
 from pmpseg.models.token_towers import build_token_backbone
 
-from .base import EvaluatedModule, check_text_weight, prompt_targets
-
-# Parameters that are tables of embeddings, by a part of their names.
-EMBEDDINGS = ("query_decoder.query", "level_embedding", "relative_position_bias_table")
+from .base import EvaluatedModule, check_prompting, parameter_groups, prompt_targets
 
 
 class PMPModule(EvaluatedModule):
@@ -69,8 +66,8 @@ class PMPModule(EvaluatedModule):
         pixel_weight: of a further loss that names every pixel directly; 0 leaves it out.
         examples: prompts may also be images: those of the data's supports, embedded by the image side of ``text``, a CLIP.
         text_weight: range of the text's share in a prompt that has an example; [1, 1] is text only.
-        visual_prompt: what is done to an example, see pmpseg.image_prompts.
-        after_normalisation: do it to the normalised image, as CLIPSeg's code does.
+        visual_prompt: how an example's mask is shown: crop_blur_highlight, crop, highlight, ... (pmpseg.image_prompts.PRESETS).
+        after_normalisation: show it on the normalised image, as CLIPSeg's code does: darker is then nearer to the mean.
         prompt_size: side of the example as the encoder sees it; null: the data's image size.
         threshold: of phrase scores, in validation; the model that a run saves has one chosen on the validation split.
     """
@@ -123,7 +120,7 @@ class PMPModule(EvaluatedModule):
         super().__init__()
         if not 0 <= few_prompts <= 1:
             raise InputError(f"few_prompts: got {few_prompts}, want 0 to 1, a share of the images")
-        check_text_weight(text_weight)
+        check_prompting(text_weight, visual_prompt, prompt_size)
         self.save_hyperparameters()
         self.text = TextEncoder(shipped_or(text), templates)
         guidance: dict[str, Any] = {
@@ -162,6 +159,13 @@ class PMPModule(EvaluatedModule):
         self.backbone_source = backbone_weights
         self.image_encoder = build_token_backbone("clip", shipped_or(text)) if examples else None
         self.loss = SetLoss(class_weight, mask_weight, dice_weight, no_object_weight, num_points, pixel_weight=pixel_weight)
+
+    def setup(self, stage: str) -> None:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if self.hparams["examples"] and not getattr(data, "supports", 0):
+            got = f"{type(data).__name__}, which gives none"
+            raise InputError(f"examples: got data of {got}: set data.supports of Scenes, PhraseCut or CocoPhrases to 1 or more")
+        super().setup(stage)
 
     @property
     def embedder(self) -> Any:
@@ -206,18 +210,3 @@ def keep_few(valid: Tensor, present: Tensor, share: float) -> Tensor:
     noise = torch.rand(valid.shape, device=valid.device).masked_fill(~valid, -1).scatter(1, first, 2.0)
     few = noise.argsort(1, descending=True).argsort(1) < torch.randint(1, 4, rows, device=valid.device)
     return torch.where(torch.rand(rows, device=valid.device) < share, few & valid, valid)
-
-
-def parameter_groups(network: PMP, lr: float, backbone_lr_factor: float, weight_decay: float) -> list[dict[str, Any]]:
-    """What learns, in four groups: pretrained or not, decayed (matrices) or not (norms, biases, embeddings)."""
-    pretrained = {id(p) for p in network.backbone.tower.parameters()}
-    embeddings = {id(m.weight) for m in network.modules() if isinstance(m, torch.nn.Embedding)}
-    groups: dict[tuple[bool, bool], list[Tensor]] = {}
-    for name, p in network.named_parameters():
-        if p.requires_grad:
-            plain = p.ndim < 2 or id(p) in embeddings or any(part in name for part in EMBEDDINGS)
-            groups.setdefault((id(p) in pretrained, plain), []).append(p)
-    return [
-        {"params": params, "lr": lr * (backbone_lr_factor if old else 1), "weight_decay": 0.0 if plain else weight_decay}
-        for (old, plain), params in groups.items()
-    ]
