@@ -1,8 +1,10 @@
-"""Speed and memory, side by side in one run, as ratios: PMP beside transformers' Mask2Former, and what each option costs.
+"""Speed and memory, side by side in one run, as ratios: PMP and CLIPSeg beside transformers', and what options cost.
 
-    python scripts/bench.py                     # all sections; some 15 minutes on two cores
-    python scripts/bench.py forward train       # some
-    python scripts/bench.py --device cuda       # on a GPU: bf16, compile, batch sizes, memory
+    python scripts/bench.py                          # all sections; some 25 minutes on two cores
+    python scripts/bench.py forward train            # some
+    python scripts/bench.py clipseg                  # CLIPSeg's (see bench_clipseg.py)
+    python scripts/bench.py --device cuda            # on a GPU: bf16, compile, batch sizes, memory
+    python scripts/bench.py clipseg --device cuda
 
 Weights are random: speed does not depend on them. Sides are run in turns (on a GPU one after the other, for their peaks) and
 their medians compared, since machines are noisy. `forward` prints how far both sides' answers differ; tests check more sizes.
@@ -12,41 +14,17 @@ import argparse
 import copy
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
+from bench_clipseg import clipseg, clipseg_gpu, clipseg_parity
+from bench_common import forget_peak, in_turns, peak_gib, show
 from torch.profiler import ProfilerActivity, profile
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mkldnn_convolution", "_slow_conv2d_forward", "thnn_conv2d", "cudnn_convolution")
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 SIZE, CLASSES = 512, 133
-
-
-def in_turns(sides: dict[str, Callable[[], object]], repeat: int, device: str = "cpu") -> dict[str, float]:
-    """The median seconds of each side."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(repeat + 1):
-        for name, run in sides.items():
-            if device == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            run()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if turn:  # the first is a warm-up
-                times[name].append(time.perf_counter() - start)
-    return {name: sorted(spent)[len(spent) // 2] for name, spent in times.items()}
-
-
-def show(title: str, seconds: dict[str, float], first: str | None = None, unit: float = 1.0) -> None:
-    """Each side's seconds and how many times as fast as the first it is."""
-    reference = seconds[first or next(iter(seconds))]
-    print(f"\n{title}")
-    for name, spent in seconds.items():
-        print(f"  {name:44}{spent / unit:9.3f} s   {reference / spent:6.2f}x", flush=True)
 
 
 def swin_mask2former() -> torch.nn.Module:
@@ -222,18 +200,12 @@ def peak(side: int, count: int) -> None:
     from pmpseg.models import PMP
 
     network = PMP(backbone="swin_tiny_patch4_window7_224", pixel_decoder="deformable").eval()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten (Linux)
-    before = peak_gib()
+    before = forget_peak()
     largest = Largest()
     with largest:
         prediction = network(torch.rand(1, 3, side, side), torch.randn(count, 512))
         semantic_labels(prediction, (side, side))
     print(f"{peak_gib():.2f} GiB ({before:.2f} with the network alone), largest tensor {largest.bytes / 2**30:.2f} GiB")
-
-
-def peak_gib() -> float:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 2**20
 
 
 class Largest(torch.utils._python_dispatch.TorchDispatchMode):
@@ -295,11 +267,13 @@ def gpu(repeat: int) -> None:
 
 SECTIONS = {"parity": parity, "forward": forward, "train": train, "sampling": sampling}
 SECTIONS |= {"prompts": prompts, "memory": memory, "region": region}
+SECTIONS |= {"clipseg": clipseg, "clipseg_parity": clipseg_parity}
+ON_A_GPU = {"forward": gpu, "clipseg": clipseg_gpu}
 
 
 def main(args: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}; default: all")
+    parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)} (cuda: {', '.join(ON_A_GPU)}); default: all")
     parser.add_argument("--repeat", type=int, default=5, help="turns; default: 5")
     parser.add_argument("--threads", type=int, help="default: torch's own")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -310,13 +284,11 @@ def main(args: Sequence[str] | None = None) -> None:
     if options.peak:
         peak(*options.peak)
         return
-    if options.device == "cuda":
-        gpu(options.repeat)
-        return
-    if unknown := [name for name in options.sections if name not in SECTIONS]:
-        raise SystemExit(f"no section {unknown[0]!r}: want some of {', '.join(SECTIONS)}")
-    for name in options.sections or SECTIONS:
-        SECTIONS[name](options.repeat)
+    sections = ON_A_GPU if options.device == "cuda" else SECTIONS
+    if unknown := [name for name in options.sections if name not in sections]:
+        raise SystemExit(f"no section {unknown[0]!r} on {options.device}: want some of {', '.join(sections)}")
+    for name in options.sections or sections:
+        sections[name](options.repeat)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ from .token_towers import build_token_backbone
 
 CHOICES = {"decoder": ("transformer", "mlp"), "upsampling": ("transposed", "refined", "bilinear")}
 IMAGE_PROJECTIONS = ("learned", "fixed")
-AT_ONCE = {"cpu": 4}  # rows of the decoder: more do not fit into a CPU's cache
-AT_ONCE_ELSEWHERE = 256
+AT_ONCE = {"cpu": 2048}  # tokens of the decoder: more do not fit into a CPU's cache
+AT_ONCE_ELSEWHERE = 131_072
 
 
 class Tokens(NamedTuple):
@@ -169,13 +169,13 @@ class CLIPSeg(nn.Module):
         return Tokens(levels[self.conditional_layer :], grid, (height, width))
 
     def decode(self, features: Tokens, prompts: Prompts | Tensor) -> PixelPrediction:
-        """The masks of these prompts. Without gradients a few rows are decoded at a time, which changes nothing but the speed."""
+        """The masks of these prompts. Without gradients a few are decoded at a time, which changes nothing but the speed."""
         asked = as_prompts(prompts, len(features.levels[0])).pooled.to(self.film_scale.weight.dtype)  # (B, P, E)
         scale, shift = self.film_scale(asked), self.film_shift(asked)  # (B, P, D)
-        batch, count = asked.shape[:2]
-        at_once = count
+        at_once = asked.shape[1]
         if not (torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_compiling()):
-            at_once = max(1, AT_ONCE.get(asked.device.type, AT_ONCE_ELSEWHERE) // batch)
+            tokens = features.levels[0][..., 0].numel()  # of all images, for one prompt
+            at_once = max(1, AT_ONCE.get(asked.device.type, AT_ONCE_ELSEWHERE) // tokens)
         pairs = zip(scale.split(at_once, 1), shift.split(at_once, 1), strict=True)
         return PixelPrediction(torch.cat([self._decode(features, *some) for some in pairs], 1))
 
