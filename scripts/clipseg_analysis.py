@@ -112,14 +112,14 @@ def measure_image(segmenter: Segmenter, data: Any, batch: dict[str, Any], thresh
     everything = list(range(len(asked)))
     for form in TEXT_FORMS:
         score(form, segmenter.text.encode([form.format(phrase) for phrase in phrases]), everything)
-    if "support_image" in batch and hasattr(network, "embed"):
+    if "support_image" in batch and segmenter.takes_examples:
         supported = [n for n in everything if batch["support_valid"][0, asked[n]].any()]
         if supported:
             at = [asked[n] for n in supported]
             words = segmenter.text.encode([phrases[n] for n in supported])
             supports = [batch[f"support_{key}"][0, at][None] for key in ("image", "mask", "valid")]
             form = PromptForm("image", embed=segmenter.embed, showing=segmenter.showing)
-            score(IMAGE, form(words, *supports, segmenter.text.normalize)[0], supported)
+            score(IMAGE, form(words, *supports, segmenter.text.normalize), supported)
     return rows
 
 

@@ -27,10 +27,10 @@ from pmpseg.data.scene_phrases import SMALLEST
 from pmpseg.drawing import overlay
 from pmpseg.errors import InputError
 from pmpseg.hub import shipped_or
-from pmpseg.image_prompts import PRESETS, visual_prompt
 from pmpseg.layout import FAINT, INK, PAPER, stack, text_block
 from pmpseg.models.backbone import OPENAI
 from pmpseg.models.clip import TextEncoder, load_clip_vision
+from pmpseg.visual_prompts import PRESETS, visual_prompt
 
 SEED = 6_000_000  # beside those of the splits, and of what the tiny CLIP was trained on
 PAPER_GAINS = {  # Table 2: ViT-B/16 on 1,600 pairs of LVIS

@@ -16,13 +16,13 @@ from transformers import AutoTokenizer, CLIPModel
 
 from pmpseg import ImagePrompt, MixedPrompt, Segmenter, predict
 from pmpseg.errors import InputError
-from pmpseg.image_prompts import visual_prompt
 from pmpseg.inference import answers, ask_one_by_one, ask_together, semantic_labels, soft_masks
 from pmpseg.models import PMP, CLIPSeg, PixelPrediction, TextEncoder
-from pmpseg.models.clipseg import DecoderBlock, Spread
+from pmpseg.models.light_decoder import DecoderBlock, Spread
 from pmpseg.models.token_towers import build_token_backbone
 from pmpseg.segmenter import working_image
 from pmpseg.supports import Showing, embed_supports, mix
+from pmpseg.visual_prompts import visual_prompt
 from pmpseg.vocabulary import Vocabulary
 
 VISION = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "num_channels": 3}
@@ -251,6 +251,19 @@ def test_a_decoder_block_is_pytorchs():
         torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-5)
 
 
+def test_a_decoder_block_drops_attention_weights_too():
+    torch.manual_seed(0)
+    block, x = DecoderBlock(16, 4, 32, 0.5).train(), torch.randn(2, 7, 16)
+    block.dropout.p = block.ffn[2].p = 0.0  # the other places
+    first, second = block(x), block(x)
+    assert (first - second).abs().max() > 1e-3 and torch.equal(block.eval()(x), block(x))
+
+
+def test_texts_of_another_width_than_the_clips_get_a_projection(clip):
+    network = small(clip, text_dim=40)
+    assert network.embed(torch.rand(2, 3, 32, 32)).shape == (2, 40) and small(clip).image_projection is None
+
+
 def test_spread_is_a_transposed_convolution():
     layer, x = Spread(6, 2, 4), torch.randn(2, 6, 3, 5)
     torch.testing.assert_close(layer(x), nn.ConvTranspose2d.forward(layer, x))
@@ -313,7 +326,8 @@ def test_random_weights_of_the_same_shape(clip):
         ({"decoder": "conv"}, "decoder: got 'conv', want one of transformer, mlp"),
         ({"upsampling": "nearest"}, "upsampling: got 'nearest'"),
         ({"dim": 18}, "dim 18 does not divide into 4 heads"),
-        ({"blocks": (0, 4)}, r"blocks: got \[0, 4\], want some of 0 to 3"),
+        ({"blocks": (2, 1)}, r"blocks: got \[2, 1\], want some of 0 to 3 in rising order"),
+        ({"blocks": (0, 4)}, r"blocks: got \[0, 4\], want some of 0 to 3 in rising"),
         ({"conditional_layer": 3, "blocks": (0, 1, 3)}, "conditional_layer: got 3, want 0 to 2"),
         ({"backbone": "resnet18"}, "is no plain ViT"),
         ({"backbone": "clip"}, "got no weights"),

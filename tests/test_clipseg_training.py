@@ -25,7 +25,6 @@ from transformers import AutoTokenizer
 from pmpseg import ImagePrompt, Segmenter, cli, evaluate, fit, predict
 from pmpseg.data import PhraseCut, Scenes
 from pmpseg.evaluation import Evaluator, best_threshold
-from pmpseg.image_prompts import visual_prompt
 from pmpseg.models import CLIPSeg
 from pmpseg.models.token_towers import build_token_backbone
 from pmpseg.supports import Showing
@@ -33,6 +32,7 @@ from pmpseg.training import CLIPSegModule, PMPModule, base
 from pmpseg.training.callbacks import example_rows
 from pmpseg.training.clipseg import mask_loss
 from pmpseg.training.resume import LastCheckpoint
+from pmpseg.visual_prompts import visual_prompt
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You are trying to `self.log"),  # steps without a trainer

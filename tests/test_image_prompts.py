@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from pmpseg.errors import InputError
-from pmpseg.image_prompts import PRESETS, ImagePrompt, MixedPrompt, VisualPrompt, visual_prompt
+from pmpseg.image_prompts import ImagePrompt, MixedPrompt
+from pmpseg.visual_prompts import PRESETS, VisualPrompt, visual_prompt
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 # sigma, background, context, as papers.md 3.4 gives them; not read from PRESETS

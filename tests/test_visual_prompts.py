@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPModel
 
 from pmpseg.hub import shipped_or
-from pmpseg.image_prompts import PRESETS
+from pmpseg.visual_prompts import PRESETS
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "visual_prompts.py"
 TINY = shipped_or("tiny_clip")

@@ -36,15 +36,18 @@ def main(args: Sequence[str] | None = None) -> dict[str, float]:
         help="what phrases are asked with: their words (default), the data's support images of them, or both; of data that has "
         "such images (shots of Pascal5i and Coco20i, supports of PhraseCut and Scenes), and a model that takes them",
     )
-    parser.add_argument("--text-weight", type=float, default=0.5, help="of the words in a mixed prompt, 0 to 1; default: 0.5")
+    parser.add_argument("--text-weight", type=float, help="of the words in a mixed prompt, 0 to 1; default: 0.5")
     parser.add_argument("--threshold", type=float, help="of scores, from 0 to below 1; default: the model's own")
     parser.add_argument("--region", help="second stage: a region model (of training/region.py), or a CLIP folder or hub id")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is one")
     parser.add_argument("--out", type=Path, help="JSON file; default: metrics_SPLIT.json beside the model folder")
     options = parser.parse_args(args)
     check_threshold(options.threshold)
-    if not 0 <= options.text_weight <= 1:
-        raise InputError(f"--text-weight: got {options.text_weight}, want 0 (images only) to 1 (text only)")
+    if options.text_weight is not None and options.prompt_form != "mixed":
+        raise InputError("--text-weight is for mixed prompts: add --prompt-form mixed, or leave it out")
+    text_weight = 0.5 if options.text_weight is None else options.text_weight
+    if not 0 <= text_weight <= 1:
+        raise InputError(f"--text-weight: got {text_weight:g}, want 0 (examples only) to 1 (words only)")
     if options.region and options.prompt_form != "text":
         raise InputError("a second stage names masks by words only: ask with --prompt-form text, or leave --region out")
     folder = model_folder(options.model)
@@ -64,20 +67,20 @@ def main(args: Sequence[str] | None = None) -> dict[str, float]:
         segmenter.region = RegionStage.load(options.region).to(segmenter.device)
     spec = read_data(options.config) if options.config else own_data(segmenter.data, options.model)
     data = build_data(spec)
-    forms = (options.prompt_form, options.text_weight)
+    forms = (options.prompt_form, text_weight)
     scores = evaluate(segmenter, data, options.split, options.threshold, options.phrase_mode, *forms)
     print(table(scores, data.vocabulary))
     asked = {"model": str(options.model), "region": options.region, "split": options.split}
     asked |= {"phrase_mode": options.phrase_mode, "prompt_form": options.prompt_form, "data": spec}
     if options.prompt_form == "mixed":
-        asked["text_weight"] = options.text_weight
+        asked["text_weight"] = text_weight
     by_class = {}
     if "iou" in scores:
         by_class = {"iou": dict(zip(data.vocabulary.names, scores["iou"].reshape(-1).tolist(), strict=True))}
     with cli.whole_file(out) as temporary:
         temporary.write_text(json.dumps(asked | as_json(scores | by_class), indent=1) + "\n")
     if scores.get("phrase_n_without_support"):
-        print(f"\n{scores['phrase_n_without_support']} phrases had no support image and were asked with text")
+        print(f"\n{scores['phrase_n_without_support']} phrases have no support image and were left out")
     print(f"\nsaved: {out}")
     return numbers(scores)
 

@@ -105,6 +105,7 @@ class Evaluator(nn.Module):
         for i, (row, truth) in enumerate(zip(batch["prompts"], batch["prompt_masks"], strict=True)):
             leaky = self.phrase_mode == "own" and not is_class_list
             asked = [k for k, phrase in enumerate(row) if phrase and (not leaky or truth[k].any())]
+            asked = self._with_examples(batch, i, asked)
             if not asked:
                 continue
             if by_class is None:
@@ -117,6 +118,16 @@ class Evaluator(nn.Module):
             soft = upsample(soft, image_size, size, network.stride)
             self._score(answers(soft, scores, network.by_pixel)[0], batch, i, asked)
 
+    def _with_examples(self, batch: dict[str, Any], i: int, asked: list[int]) -> list[int]:
+        """Those of ``asked`` that have an example, where examples are asked with; the others are counted, and left out."""
+        if self.form.form == "text":
+            return asked
+        if "support_image" not in batch:
+            raise InputError("the data gives no support images: set its shots, or supports, to 1 or more, or ask with text")
+        having = [k for k in asked if batch["support_valid"][i, k].any()]
+        self.without_support.update(len(asked) - len(having))
+        return having
+
     def _prompts(
         self, network: Network, text: TextEncoder, words: list[str | list[str]], batch: dict[str, Any], i: int, asked: list[int]
     ) -> Prompts:
@@ -124,12 +135,8 @@ class Evaluator(nn.Module):
         prompts = text.encode(words)
         if self.form.form == "text":
             return prompts
-        if "support_image" not in batch:
-            raise InputError("the data gives no support images: set its shots, or supports, to 1 or more, or ask with text")
         image, mask, valid = (batch[f"support_{key}"][i, asked][None] for key in ("image", "mask", "valid"))
-        prompts, without = self.form(prompts, image, mask, valid, text.normalize)
-        self.without_support.update(without)
-        return prompts
+        return self.form(prompts, image, mask, valid, text.normalize)
 
     def _score(self, found: Tensor, batch: dict[str, Any], i: int, asked: list[int]) -> None:
         """Adds the phrases ``asked`` of image i, which were answered with the scores ``found`` (K, H, W)."""
@@ -159,7 +166,7 @@ class Evaluator(nn.Module):
         """Single numbers under their metric's names, those of phrases as ``phrase_*`` and of the paper as ``clipseg_*``; ``iou``
         (C,) of a class list, ``phrase_curve`` and ``clipseg_curve`` beside.
 
-        Counts (``phrase_n_*``) are integers, among them ``phrase_n_without_support``, asked by text for want of an image. What is
+        Counts (``phrase_n_*``) are integers, among them ``phrase_n_without_support``, left out for want of an example. What is
         undefined (no unseen class, no phrase) is left out. All ranks must call it.
         """
         scores: dict[str, Any] = {}

@@ -133,6 +133,11 @@ class Segmenter:
         regions = None if self.region is None else self.region.ask(tensor, words)
         return picture, tensor, self.network.encode(tensor), encoded, regions
 
+    @property
+    def takes_examples(self) -> bool:
+        """Whether images may be prompts."""
+        return self.image_encoder is not None or isinstance(self.network, CLIPSeg)
+
     def embed(self, images: Tensor) -> Tensor:
         """Visually prompted images (N, 3, s, s) in [0, 1] -> (N, E). Raises InputError where the model takes words only."""
         if self.image_encoder is not None:

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import InputError
-from .image_prompts import ImagePrompt, MixedPrompt, VisualPrompt, settings_of, visual_prompt
+from .image_prompts import ImagePrompt, MixedPrompt
 from .models.prompts import Prompts
+from .visual_prompts import VisualPrompt, settings_of, visual_prompt
 
 AT_ONCE = 64  # images
 FORMS = ("text", "image", "mixed")
@@ -22,15 +23,16 @@ Prompt = str | ImagePrompt | MixedPrompt
 
 @dataclass(frozen=True)
 class Showing:
-    """How an example is brought before the encoder's eyes; see ``image_prompts.visual_prompt``.
+    """How an example is brought before the encoder's eyes; see ``visual_prompts.visual_prompt``.
 
     ``size``: the side of the picture, to which the shorter side of a larger image is shrunk first, since a blur counts in pixels.
-    ``mean``: None, or the encoder's own, for what the paper's code does.
+    ``mean``: None, or the encoder's own, for what the paper's code does, which also enlarges by the ``nearest`` pixel.
     """
 
     size: int
     preset: str | VisualPrompt = "crop_blur_highlight"
     mean: Sequence[float] | None = None
+    nearest: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.preset, dict):  # from a model's config.json
@@ -46,7 +48,7 @@ class Showing:
             images = F.interpolate(images, shape, mode="bilinear", antialias=True)
             cover = F.interpolate(masks[:, None].float(), shape, mode="bilinear", antialias=True)[:, 0]
             masks = cover >= cover.flatten(1).amax(1).clamp(max=0.5)[:, None, None]  # what is thin keeps a pixel
-        return visual_prompt(images, masks, self.preset, self.size, self.mean)
+        return visual_prompt(images, masks, self.preset, self.size, self.mean, self.nearest)
 
 
 def embed_supports(
@@ -73,7 +75,7 @@ def embed_supports(
 class PromptForm:
     """What an evaluation asks with: ``text``, ``image`` (a prompt's examples) or ``mixed``, with this share of the text.
 
-    A prompt without an example is asked by its text in any form. ``embed`` and ``showing`` are a ``Segmenter``'s.
+    ``embed`` and ``showing`` are a ``Segmenter``'s.
     """
 
     def __init__(
@@ -90,13 +92,11 @@ class PromptForm:
         self.form, self.embed, self.showing = form, embed, showing
         self.text_weight = {"text": 1.0, "image": 0.0, "mixed": text_weight}[form]
 
-    def __call__(
-        self, text: Prompts, images: Tensor, masks: Tensor, valid: Tensor, normalize: bool = False
-    ) -> tuple[Prompts, int]:
-        """``text`` (B, K) with examples as in ``embed_supports`` -> prompts (B, K), and how many of them have no example."""
+    def __call__(self, text: Prompts, images: Tensor, masks: Tensor, valid: Tensor, normalize: bool = False) -> Prompts:
+        """``text`` (B, K) with examples as in ``embed_supports`` -> prompts (B, K); without a valid example they stay texts."""
         assert self.embed and self.showing
         shown, has = embed_supports(self.embed, self.showing, images, masks, valid)
-        return mix(text, shown.to(text.pooled.dtype), has, self.text_weight, normalize), int((~has & text.valid).sum())
+        return mix(text, shown.to(text.pooled.dtype), has, self.text_weight, normalize)
 
 
 def mix(prompts: Prompts, shown: Tensor, has: Tensor, text_weight: Tensor | float, normalize: bool) -> Prompts:

@@ -9,7 +9,6 @@ import torch
 
 from pmpseg.errors import InputError
 from pmpseg.evaluate import evaluate
-from pmpseg.models.clipseg import CLIPSeg
 
 
 def score_forms(segmenter: Any, data: Any) -> dict[str, float]:
@@ -17,14 +16,14 @@ def score_forms(segmenter: Any, data: Any) -> dict[str, float]:
 
     A network that takes none (a PMP that learned without) has no ``image_*``. Raises InputError for data without examples.
     """
-    if not data.supports:
+    if not getattr(data, "supports", 0):
         raise InputError("asked: forms wants examples: set data.supports to 1 or more")
-    takes_examples = isinstance(segmenter.network, CLIPSeg) or segmenter.image_encoder is not None
+    asks_list = getattr(data, "class_list", True)
     numbers: dict[str, float] = {}
-    for form in ("text", "image") if takes_examples else ("text",):
+    for form in ("text", "image") if segmenter.takes_examples else ("text",):
         data.class_list = False
         chosen = evaluate(segmenter, data, "val", prompt_form=form)["phrase_curve"]
-        data.class_list = form == "text"  # the list is asked by words
+        data.class_list = asks_list and form == "text"  # the list is asked by words
         found = evaluate(segmenter, data, "test", prompt_form=form)
         curve = found["phrase_curve"]
         best, half = int(chosen["iou"].argmax()), at_half(chosen["absent_accuracy"])
@@ -32,6 +31,8 @@ def score_forms(segmenter: Any, data: Any) -> dict[str, float]:
         numbers |= {f"{form}_iou_at_50": float(curve["iou"][half])}
         numbers |= {f"{form}_absent_accuracy": float(curve["absent_accuracy"][half])}
         numbers |= {name: found[name] for name in ("miou", "miou_seen") if name in found}
+        numbers |= {f"{form}_n_without_support": found[name] for name in ("phrase_n_without_support",) if name in found}
+    data.class_list = asks_list
     return numbers
 
 

@@ -8,18 +8,22 @@ from torch.nn import functional as F
 
 
 class Attention(nn.Module):
-    """Multi-head attention; ``allowed`` is bool, broadcastable to (B, heads, queries, keys), True where a query may look."""
+    """Multi-head attention; ``allowed`` is bool, broadcastable to (B, heads, queries, keys), True where a query may look.
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    ``dropout``: share of the attention weights that are dropped in training.
+    """
+
+    def __init__(self, dim: int, num_heads: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.dropout = num_heads, dropout
         self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))
         for layer in (self.q, self.k, self.v):
             nn.init.xavier_uniform_(layer.weight)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
         q, k, v = (self._heads(f(x)) for f, x in ((self.q, query), (self.k, key), (self.v, value)))
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)  # (B, heads, Q, D / heads)
+        dropped = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropped)  # (B, heads, Q, D / heads)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:

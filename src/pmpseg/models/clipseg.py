@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import InputError
-from .attention import Attention
+from .light_decoder import UPSAMPLINGS, DecoderBlock, MLPBlock
 from .prompts import PixelPrediction, Prompts, as_prompts
 from .token_towers import build_token_backbone
 
@@ -65,7 +65,8 @@ class CLIPSeg(nn.Module):
         num_heads, ffn_dim, dropout: of the decoder blocks.
         decoder: ``transformer``, or ``mlp`` (CLIP-Deconv): a hidden layer of D, no attention.
         upsampling: ``transposed`` convolution over a patch, ``refined`` (a 3x3 convolution and two steps), or ``bilinear``.
-        image_projection: of a timm encoder's image embedding to E: ``learned``, or ``fixed``, random as the paper's code has it.
+        image_projection: of a timm encoder's image embedding to E (or a CLIP's, where the texts are not its own): ``learned``, or
+            ``fixed``, random as the paper's code has it.
     """
 
     #: What is above the threshold of a prompt's map is its mask, pixel by pixel.
@@ -113,8 +114,9 @@ class CLIPSeg(nn.Module):
         make = DecoderBlock if decoder == "transformer" else MLPBlock
         self.blocks = nn.ModuleList(make(dim, num_heads, ffn_dim, dropout) for _ in range(depth))
         self.upsample = UPSAMPLINGS[upsampling](dim, tower.patch)
-        # CLIP has a projection of its own.
-        self.image_projection = None if backbone == "clip" else nn.Linear(tower.out_dim, text_dim)
+        # A CLIP's own projection leads to its own texts.
+        is_own = backbone == "clip" and tower.out_dim == text_dim
+        self.image_projection = None if is_own else nn.Linear(tower.out_dim, text_dim)
         if self.image_projection is not None and image_projection == "fixed":
             self.image_projection.requires_grad_(False)
         self.text_dim = text_dim
@@ -200,55 +202,3 @@ class CLIPSeg(nn.Module):
         """Images (N, 3, h, w) in [0, 1] as prompts: (N, E), not normalised; ``image_prompts`` points at a thing in them."""
         embedding = self.backbone.embed(images)
         return embedding if self.image_projection is None else self.image_projection(embedding)
-
-
-class DecoderBlock(nn.Module):
-    """A transformer block with its norms behind, as PyTorch's default has it."""
-
-    def __init__(self, dim: int, num_heads: int, ffn_dim: int, dropout: float) -> None:
-        super().__init__()
-        self.attention, self.attention_norm = Attention(dim, num_heads), nn.LayerNorm(dim)
-        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.ReLU(inplace=True), nn.Dropout(dropout), nn.Linear(ffn_dim, dim))
-        self.ffn_norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.attention_norm(x + self.dropout(self.attention(x, x, x)))
-        return self.ffn_norm(x + self.dropout(self.ffn(x)))
-
-
-class MLPBlock(nn.Sequential):
-    """CLIP-Deconv's: each token by itself."""
-
-    def __init__(self, dim: int, *_: Any) -> None:
-        super().__init__(nn.Linear(dim, dim), nn.ReLU(inplace=True), nn.Linear(dim, dim))
-
-
-class Spread(nn.ConvTranspose2d):
-    """A transposed convolution whose steps are as long as its kernel: every cell becomes a tile, and no two overlap."""
-
-    def __init__(self, inputs: int, outputs: int, factor: int) -> None:
-        super().__init__(inputs, outputs, factor, stride=factor)
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """(B, C, h, w) -> (B, O, h * f, w * f); one matrix product, several times as fast on a CPU as the general case."""
-        tiles = torch.einsum("bchw,coij->bohiwj", x, self.weight)
-        assert self.bias is not None
-        return tiles.flatten(4).flatten(2, 3) + self.bias[:, None, None]
-
-
-class Bilinear(nn.Module):
-    def __init__(self, dim: int, patch: int) -> None:
-        super().__init__()
-        self.project, self.patch = nn.Conv2d(dim, 1, 1), patch
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.interpolate(self.project(x), scale_factor=self.patch, mode="bilinear", align_corners=False)
-
-
-def _refined(dim: int, patch: int) -> nn.Module:
-    step = patch // 4
-    convolution = nn.Conv2d(dim, dim, 3, padding=1)
-    return nn.Sequential(convolution, nn.ReLU(), Spread(dim, dim // 2, step), nn.ReLU(), Spread(dim // 2, 1, step))
-
-
-UPSAMPLINGS = {"transposed": lambda dim, patch: Spread(dim, 1, patch), "refined": _refined, "bilinear": Bilinear}

@@ -169,8 +169,8 @@ def build_token_backbone(
     at_same_depth = sorted({math.floor((b + 1) * depth / PAPER_DEPTH + 0.5) - 1 for b in PAPER_BLOCKS})
     config["blocks"] = list(config.get("blocks") or at_same_depth)
     wrong = [b for b in config["blocks"] if not 0 <= b < depth]
-    if wrong or len(set(config["blocks"])) < len(config["blocks"]):
-        raise InputError(f"blocks: got {config['blocks']}, want some of 0 to {depth - 1}, each once; {name!r} has {depth} blocks")
+    if wrong or sorted(set(config["blocks"])) != config["blocks"]:
+        raise InputError(f"blocks: got {config['blocks']}, want some of 0 to {depth - 1} in rising order; {name!r} has {depth}")
     return TokenBackbone(tower, plain(config))
 
 

@@ -1,5 +1,7 @@
 """What modules share that are validated by class list and by phrase: evaluator, logs, and checkpoints without frozen weights."""
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,6 +62,12 @@ class EvaluatedModule(LightningModule):
         weight = low + (high - low) * torch.rand(has.shape, device=has.device)
         return mix(prompts, shown, has, weight, self.text.normalize)
 
+    @property
+    def monitor(self) -> str:
+        """What the best checkpoint is chosen by; of data that has phrases only no threshold has a part in it."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        return "val/miou" if getattr(data, "class_list", True) else "val/phrase_ap"
+
     def from_elsewhere(self, name: str) -> bool:
         """Whether a frozen parameter comes from a file that the run's settings name."""
         return True
@@ -94,6 +102,16 @@ def prompt_targets(batch: dict[str, Any]) -> Tensor:
     if "prompt_masks" in batch:
         return batch["prompt_masks"]
     return batch["labels"][:, None] == batch["prompt_class"][..., None, None]
+
+
+def cosine(steps: int, warmup: int, lowest: float = 0.0) -> Callable[[int], float]:
+    """The rate at each step, as a share of the highest: a linear warm-up, and a cosine that falls to ``lowest`` at the end."""
+
+    def factor(step: int) -> float:
+        warm = min(1.0, (step + 1) / max(1, warmup))
+        return warm * (lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
+
+    return factor
 
 
 def parameter_groups(network: Any, lr: float, backbone_lr_factor: float, weight_decay: float) -> list[dict[str, Any]]:

@@ -4,7 +4,6 @@ Source: arXiv 2112.10003, sec. 3.1 and appendix. Only the light decoder learns, 
 bring several phrases at once, which cost next to nothing, since it is encoded once.
 """
 
-import math
 from typing import Any, Literal
 
 import torch
@@ -14,12 +13,12 @@ from torch.nn import functional as F
 
 from pmpseg.data.base import IGNORE
 from pmpseg.errors import InputError
-from pmpseg.hub import shipped_or
+from pmpseg.hub import TINY_CLIP, shipped_or
 from pmpseg.losses import mean_over_ranks
 from pmpseg.models.clip import TextEncoder
 from pmpseg.models.clipseg import CLIPSeg
 
-from .base import EvaluatedModule, check_prompting, parameter_groups, prompt_targets
+from .base import EvaluatedModule, check_prompting, cosine, parameter_groups, prompt_targets
 
 
 class CLIPSegModule(EvaluatedModule):
@@ -48,7 +47,7 @@ class CLIPSegModule(EvaluatedModule):
         image_projection: of a timm encoder's embedding to the texts' space: learned, or fixed at random (the paper's code).
         text_weight: range from which the text's share is drawn in a prompt that has an example; the code's PC+ has [0, 0.5],
             [1, 1] is text only.
-        visual_prompt: how an example's mask is shown: crop_blur_highlight, crop, highlight, ... (pmpseg.image_prompts.PRESETS).
+        visual_prompt: how an example's mask is shown: crop_blur_highlight, crop, highlight, ... (pmpseg.visual_prompts.PRESETS).
         after_normalisation: show it on the normalised image, as the paper's code does: darker is then nearer to the mean.
         prompt_size: side of the example as the encoder sees it; null: the data's image size.
         lr: learning rate of AdamW.
@@ -95,6 +94,9 @@ class CLIPSegModule(EvaluatedModule):
         if not 0 <= min_lr <= lr:
             raise InputError(f"min_lr: got {min_lr}, want 0 to the lr that falls to it, which is {lr}")
         check_prompting(text_weight, visual_prompt, prompt_size)
+        if backbone != "clip" and backbone_weights == TINY_CLIP:
+            want = "'timm', a hub id, a file in timm's keys, or null to draw them"
+            raise InputError(f"backbone_weights: got {TINY_CLIP!r}, a CLIP's, for {backbone!r}: want {want}")
         self.save_hyperparameters()
         self.text = TextEncoder(shipped_or(start_from or text), templates, normalize=False)
         if start_from:
@@ -125,8 +127,11 @@ class CLIPSegModule(EvaluatedModule):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if not getattr(data, "supports", 0) and self.network.image_projection is not None:
-            self.network.image_projection.requires_grad_(False)  # which texts never reach
+        if not getattr(data, "supports", 0):
+            if self.network.image_projection is not None:
+                self.network.image_projection.requires_grad_(False)  # which texts never reach
+        elif not self.network.backbone.frozen:
+            self.network.backbone.tower.requires_grad_(True)  # examples go through all of it
 
     @property
     def embedder(self) -> Any:
@@ -155,12 +160,7 @@ class CLIPSegModule(EvaluatedModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         steps, p = self.trainer.estimated_stepping_batches, self.hparams
         groups = parameter_groups(self.network, p["lr"], p["backbone_lr_factor"], p["weight_decay"])
-        lowest = p["min_lr"] / p["lr"] if p["lr"] else 0.0
-
-        def factor(step: int) -> float:
-            warm = min(1.0, (step + 1) / max(1, p["warmup_steps"]))
-            return warm * (lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
-
+        factor = cosine(int(steps), p["warmup_steps"], p["min_lr"] / p["lr"] if p["lr"] else 0.0)
         optimizer = torch.optim.AdamW(groups)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

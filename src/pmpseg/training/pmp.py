@@ -1,6 +1,5 @@
 """Training PMP: a batch of images and prompts -> network -> set loss -> log; validation by class list and by phrase."""
 
-import math
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ from pmpseg.models.clip import TextEncoder
 from pmpseg.models.pmp import PMP
 from pmpseg.models.token_towers import build_token_backbone
 
-from .base import EvaluatedModule, check_prompting, parameter_groups, prompt_targets
+from .base import EvaluatedModule, check_prompting, cosine, parameter_groups, prompt_targets
 
 
 class PMPModule(EvaluatedModule):
@@ -66,7 +65,7 @@ class PMPModule(EvaluatedModule):
         pixel_weight: of a further loss that names every pixel directly; 0 leaves it out.
         examples: prompts may also be images: those of the data's supports, embedded by the image side of ``text``, a CLIP.
         text_weight: range of the text's share in a prompt that has an example; [1, 1] is text only.
-        visual_prompt: how an example's mask is shown: crop_blur_highlight, crop, highlight, ... (pmpseg.image_prompts.PRESETS).
+        visual_prompt: how an example's mask is shown: crop_blur_highlight, crop, highlight, ... (pmpseg.visual_prompts.PRESETS).
         after_normalisation: show it on the normalised image, as CLIPSeg's code does: darker is then nearer to the mean.
         prompt_size: side of the example as the encoder sees it; null: the data's image size.
         threshold: of phrase scores, in validation; the model that a run saves has one chosen on the validation split.
@@ -190,11 +189,7 @@ class PMPModule(EvaluatedModule):
         steps, p = self.trainer.estimated_stepping_batches, self.hparams
         backbone_lr_factor = p["backbone_lr_factor"] if p["start_from"] or p["backbone_weights"] else 1.0
         optimizer = torch.optim.AdamW(parameter_groups(self.network, p["lr"], backbone_lr_factor, p["weight_decay"]))
-
-        def factor(step: int) -> float:
-            warm = min(1.0, (step + 1) / max(1, p["warmup_steps"]))
-            return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
-
+        factor = cosine(int(steps), p["warmup_steps"])
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
