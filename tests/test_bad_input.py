@@ -182,7 +182,7 @@ COMMANDS = {
     "a folder without images": (predicting(image="model"), "no images in model: want files that end in"),
     "--out is the folder of images": (lambda: predict.main(["model", "data", "--prompts", "x", "--out", "data"]), "must not be the folder"),
     # predict: the prompts
-    "no prompt": (predicting(prompts=""), "no prompt in '': give some"),
+    "no prompt": (predicting(prompts=""), "nothing is asked: give --prompts"),
     "only separators": (predicting(prompts=" ; ;"), "no prompt in"),
     "no class list": (predicting("--names-from", "no.txt", prompts=None), "cannot read the class list no.txt"),
     "an empty class list": (write("c.txt", "# none\n", predicting("--names-from", "c.txt", prompts=None)), "c.txt names no class"),
