@@ -60,6 +60,8 @@ class CLIPSeg(nn.Module):
         backbone_mean, backbone_std: of images in [0, 1]. Default: the encoder's own; the paper's code gives CLIP ImageNet's.
         backbone_options: further arguments of a timm encoder, as ``{"patch_size": 8}``.
         blocks: of the encoder, from 0, that the decoder reads, in rising order. Default: (3, 7, 9) of 12, as in the paper.
+        token_scale: the encoder's tokens are multiplied by it. 1 suits CLIP; larger tokens (the tiny CLIP's are five times as large)
+            drown the prompt where a level is added, and the decoder does not learn.
         dim: D; 64 and 16 in the paper.
         conditional_layer: the decoder block before which the prompt acts, from 0, which is the deepest level's.
         num_heads, ffn_dim, dropout: of the decoder blocks.
@@ -85,6 +87,7 @@ class CLIPSeg(nn.Module):
         backbone_std: tuple[float, float, float] | None = None,
         backbone_options: dict | None = None,
         blocks: Sequence[int] | None = None,
+        token_scale: float = 1.0,
         dim: int = 64,
         conditional_layer: int = 0,
         num_heads: int = 4,
@@ -119,7 +122,7 @@ class CLIPSeg(nn.Module):
         self.image_projection = None if is_own else nn.Linear(tower.out_dim, text_dim)
         if self.image_projection is not None and image_projection == "fixed":
             self.image_projection.requires_grad_(False)
-        self.text_dim = text_dim
+        self.text_dim, self.token_scale = text_dim, token_scale
         #: Images, and masks of their pixels, need no padding: logits have the image's size.
         self.pad = 1
         left_out = {"self", "__class__", "blocks"}
@@ -163,7 +166,7 @@ class CLIPSeg(nn.Module):
     def encode(self, image: Tensor) -> Tokens:
         """The prompt-free part, up to the block that the prompt acts on; ``image`` as in ``forward``."""
         tokens = self.backbone(image)
-        levels = [reduce(x) for reduce, x in zip(self.reduce, reversed(tokens), strict=True)]
+        levels = [reduce(self.token_scale * x) for reduce, x in zip(self.reduce, reversed(tokens), strict=True)]
         for i in range(self.conditional_layer):
             levels[i + 1] = levels[i + 1] + self.blocks[i](levels[i])
         height, width = image.shape[-2:]
