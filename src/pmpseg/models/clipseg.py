@@ -60,8 +60,8 @@ class CLIPSeg(nn.Module):
         backbone_mean, backbone_std: of images in [0, 1]. Default: the encoder's own; the paper's code gives CLIP ImageNet's.
         backbone_options: further arguments of a timm encoder, as ``{"patch_size": 8}``.
         blocks: of the encoder, from 0, that the decoder reads, in rising order. Default: (3, 7, 9) of 12, as in the paper.
-        token_scale: the encoder's tokens are multiplied by it. 1 suits CLIP; larger tokens (the tiny CLIP's are five times as large)
-            drown the prompt where a level is added, and the decoder does not learn.
+        input_scale: tokens and prompts are multiplied by it. 1 suits CLIP; larger ones (the tiny CLIP's are about five times as
+            large) drown what the prompt has said where the next level is added, and the decoder hardly learns.
         dim: D; 64 and 16 in the paper.
         conditional_layer: the decoder block before which the prompt acts, from 0, which is the deepest level's.
         num_heads, ffn_dim, dropout: of the decoder blocks.
@@ -87,7 +87,7 @@ class CLIPSeg(nn.Module):
         backbone_std: tuple[float, float, float] | None = None,
         backbone_options: dict | None = None,
         blocks: Sequence[int] | None = None,
-        token_scale: float = 1.0,
+        input_scale: float = 1.0,
         dim: int = 64,
         conditional_layer: int = 0,
         num_heads: int = 4,
@@ -122,7 +122,7 @@ class CLIPSeg(nn.Module):
         self.image_projection = None if is_own else nn.Linear(tower.out_dim, text_dim)
         if self.image_projection is not None and image_projection == "fixed":
             self.image_projection.requires_grad_(False)
-        self.text_dim, self.token_scale = text_dim, token_scale
+        self.text_dim, self.input_scale = text_dim, input_scale
         #: Images, and masks of their pixels, need no padding: logits have the image's size.
         self.pad = 1
         left_out = {"self", "__class__", "blocks"}
@@ -166,7 +166,7 @@ class CLIPSeg(nn.Module):
     def encode(self, image: Tensor) -> Tokens:
         """The prompt-free part, up to the block that the prompt acts on; ``image`` as in ``forward``."""
         tokens = self.backbone(image)
-        levels = [reduce(self.token_scale * x) for reduce, x in zip(self.reduce, reversed(tokens), strict=True)]
+        levels = [reduce(self.input_scale * x) for reduce, x in zip(self.reduce, reversed(tokens), strict=True)]
         for i in range(self.conditional_layer):
             levels[i + 1] = levels[i + 1] + self.blocks[i](levels[i])
         height, width = image.shape[-2:]
@@ -175,7 +175,8 @@ class CLIPSeg(nn.Module):
 
     def decode(self, features: Tokens, prompts: Prompts | Tensor) -> PixelPrediction:
         """The masks of these prompts. Without gradients a few are decoded at a time, which changes nothing but the speed."""
-        asked = as_prompts(prompts, len(features.levels[0])).pooled.to(self.film_scale.weight.dtype)  # (B, P, E)
+        asked = as_prompts(prompts, len(features.levels[0])).pooled  # (B, P, E)
+        asked = self.input_scale * asked.to(self.film_scale.weight.dtype)
         scale, shift = self.film_scale(asked), self.film_shift(asked)  # (B, P, D)
         at_once = asked.shape[1]
         if not (torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_compiling()):

@@ -37,7 +37,7 @@ class CLIPSegModule(EvaluatedModule):
         backbone_std: likewise, the standard deviation.
         backbone_options: further arguments of a timm encoder, as {"patch_size": 8}.
         blocks: which blocks of the encoder, from 0, the decoder reads; null: where [3, 7, 9] of 12 lie.
-        token_scale: what the encoder's tokens are multiplied by; 1 suits CLIP, 0.2 the tiny CLIP, whose tokens are larger.
+        input_scale: what the encoder's tokens and the prompts are multiplied by; 1 suits CLIP, 0.2 the tiny CLIP, whose are larger.
         dim: width of the decoder; 64 and 16 in the paper.
         conditional_layer: the decoder block before which the prompt acts, from 0.
         num_heads: heads of the decoder's attention.
@@ -72,7 +72,7 @@ class CLIPSegModule(EvaluatedModule):
         backbone_std: tuple[float, float, float] | None = None,
         backbone_options: dict[str, Any] | None = None,
         blocks: list[int] | None = None,
-        token_scale: float = 1.0,
+        input_scale: float = 1.0,
         dim: int = 64,
         conditional_layer: int = 0,
         num_heads: int = 4,
@@ -114,7 +114,7 @@ class CLIPSegModule(EvaluatedModule):
                 backbone_std=backbone_std,
                 backbone_options=backbone_options,
                 blocks=blocks,
-                token_scale=token_scale,
+                input_scale=input_scale,
                 dim=dim,
                 conditional_layer=conditional_layer,
                 num_heads=num_heads,
