@@ -237,6 +237,17 @@ def test_a_mirrored_network_on_a_mirrored_image(clip, upsampling, axis):
     assert (want - want.flip(axis)).abs().max() > 0.01
 
 
+def test_inputs_are_scaled_before_the_first_layers(clip):
+    network, image, prompts = small(clip, input_scale=0.3), torch.rand(1, 3, 32, 32), torch.randn(2, 24)
+    with torch.no_grad():
+        got = network(image, prompts)
+        for layer in (*network.reduce, network.film_scale, network.film_shift):
+            layer.weight *= 0.3
+        network.input_scale = 1.0
+        torch.testing.assert_close(network(image, prompts), got)
+    assert network.config["input_scale"] == 0.3
+
+
 def test_a_decoder_block_is_pytorchs():
     torch.manual_seed(0)
     theirs, ours = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval(), DecoderBlock(16, 4, 32, 0.1).eval()

@@ -37,7 +37,7 @@ class CLIPSegModule(EvaluatedModule):
         backbone_std: likewise, the standard deviation.
         backbone_options: further arguments of a timm encoder, as {"patch_size": 8}.
         blocks: which blocks of the encoder, from 0, the decoder reads; null: where [3, 7, 9] of 12 lie.
-        input_scale: what the encoder's tokens and the prompts are multiplied by; 1 suits CLIP, 0.2 the tiny CLIP, whose are larger.
+        input_scale: what the encoder's tokens and the prompts are multiplied by; 1 suits CLIP, 0.2 the tiny CLIP's larger ones.
         dim: width of the decoder; 64 and 16 in the paper.
         conditional_layer: the decoder block before which the prompt acts, from 0.
         num_heads: heads of the decoder's attention.
