@@ -101,6 +101,15 @@ def test_supports_show_the_class_in_other_images(voc):
     assert len(firsts) > 1  # drawn
 
 
+def test_a_support_whose_mask_vanishes_is_none(voc, tmp_path):
+    """HSNet's lists ask whatever the pixels: 8 x 9 of 80 x 80 are none of 4 x 4."""
+    (tmp_path / "fold0.txt").write_text("2007_000001__01\n2007_000006__01\n")
+    for size, valid in ((4, False), (40, True)):
+        data = Pascal5i(str(voc), images=str(tmp_path / "fold0.txt"), num_workers=0, image_size=size)
+        item = data.dataset("test")[0]
+        assert bool(item["support_valid"]) == bool(item["support_mask"].any()) == bool(item["support_image"].any()) == valid
+
+
 def test_episodes_are_the_same_again(voc):
     a, b, c = (Pascal5i(str(voc), seed=s, episodes=9, image_size=48, num_workers=w) for s, w in ((0, 0), (0, 2), (1, 0)))
     one, again, other = items(a), items(b), items(c)

@@ -184,6 +184,22 @@ def test_supports_are_cropped_as_training_images_are(tmp_path):
         assert item["support_mask"].sum() > 0.05 * 6000
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_support_whose_mask_vanishes_is_none(tmp_path, split):
+    """Of image 3 the cat is one column of pixels, which is not among the 20 that are left of 100."""
+    root = write_squares(tmp_path)
+    tasks = json.loads((root / f"refer_{split}.json").read_text())
+    for cats, valid in ((("car",), [False, False]), (("car", "red car"), [True, False])):  # on image 2, and on 1
+        changed = [task | {"phrase": "cat"} if task["phrase"] in cats else task for task in tasks]
+        (root / f"refer_{split}.json").write_text(json.dumps(changed))
+        data = make(root, supports=2, crop="none", image_size=20)
+        of_2 = [item for item in items_of(data, split, epochs=8) if item["name"] == "2.jpg"]
+        assert len(of_2) == 8 and all(item["support_valid"].tolist() == [valid] for item in of_2)
+        one = torch.from_numpy(data.source(split).mask(0)[1::3, 2::5].copy())  # the red car on image 1
+        for item in of_2:
+            assert torch.equal(item["support_mask"][0, 0], one & valid[0]) and not item["support_image"][0, 1].any()
+
+
 @pytest.mark.parametrize(("prefixes", "count"), [("plain", 1), ("fixed", 1), ("shuffle", 4), ("shuffle+", 9)])
 def test_prefixes_are_for_training_only(tmp_path, prefixes, count):
     root = write_squares(tmp_path)

@@ -14,6 +14,7 @@ import torch
 
 from pmpseg.data.base import SegmentationData, SegmentationDataset
 from pmpseg.data.episodes import MIN_PIXELS, CocoEpisodes, Source, VocEpisodes
+from pmpseg.data.items import chw, stack_supports
 from pmpseg.data.phrase_parts import SIZES, size_word
 from pmpseg.data.sources import read_instances
 from pmpseg.data.transforms import eval_transform, square_transform
@@ -201,7 +202,7 @@ class Episodes(SegmentationDataset):
         sample = self.transform(raw)
         labels = torch.from_numpy(sample["labels"].astype(np.int64))
         item = {
-            "image": _chw(sample["image"]),
+            "image": chw(sample["image"]),
             "labels": labels,
             "name": self.source.files[query].name,
             "index": index,
@@ -214,21 +215,12 @@ class Episodes(SegmentationDataset):
         return item | self._supports(label, supports) if self.shots else item
 
     def _supports(self, label: int, supports: list[int]) -> dict[str, torch.Tensor]:
-        image = torch.zeros(1, self.shots, 3, self.side, self.side, dtype=torch.uint8)
-        mask = torch.zeros(1, self.shots, self.side, self.side, dtype=torch.bool)
-        valid = torch.zeros(1, self.shots, dtype=torch.bool)
-        for place, number in enumerate(supports):
-            sample = self.support_transform(self.source.read(number, label))
-            image[0, place], mask[0, place] = _chw(sample["image"]), torch.from_numpy(sample["labels"] == 1)
-            valid[0, place] = True
-        return {"support_image": image, "support_mask": mask, "support_valid": valid}
+        samples = (self.support_transform(self.source.read(number, label)) for number in supports)
+        pairs = ((sample["image"], sample["labels"] == 1) for sample in samples)
+        return stack_supports([pairs], self.shots, self.side)
 
 
 def check_fold(fold: int) -> int:
     if fold not in range(FOLDS):
         raise InputError(f"fold: got {fold}, want 0 to {FOLDS - 1}")
     return fold
-
-
-def _chw(image: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from pmpseg.data.base import SegmentationData, SegmentationDataset, all_prompts
+from pmpseg.data.items import chw
 from pmpseg.data.transforms import eval_transform, square_transform
 from pmpseg.data.voc import VOC_NAMES, VocImages
 from pmpseg.errors import InputError
@@ -92,7 +93,7 @@ class PascalDataset(SegmentationDataset):
         sample = self.transform(self.source.read(index))
         prompts, prompt_class = all_prompts(self.vocabulary)
         return {
-            "image": torch.from_numpy(np.ascontiguousarray(sample["image"].transpose(2, 0, 1))),
+            "image": chw(sample["image"]),
             "labels": torch.from_numpy(sample["labels"].astype(np.int64)),
             "name": self.source.files[index].name,
             "index": index,

@@ -13,6 +13,7 @@ import torch
 from pmpseg.errors import InputError
 
 from .base import IGNORE, SegmentationDataset
+from .items import chw, stack_supports
 from .phrase_parts import Groups, is_absent, object_crop, size_word
 from .transforms import eval_transform, nearest, resize
 
@@ -112,7 +113,7 @@ class PhraseDataset(SegmentationDataset):
             padding = 0
         kinds = ["" if k in absent else self._kind(samples[k], masks[k]) for k in range(len(asked))]
         item = {
-            "image": torch.from_numpy(np.ascontiguousarray(photo.transpose(2, 0, 1))),
+            "image": chw(photo),
             "labels": torch.full(masks.shape[1:], IGNORE, dtype=torch.int64),
             "name": self.source.names[image],
             "index": index,
@@ -166,6 +167,9 @@ class PhraseDataset(SegmentationDataset):
         if self.options.crop == "object":
             rows, columns = object_crop(masks[0], rng)
             photo, masks = photo[rows, columns], masks[:, rows, columns]
+        return self._squashed(photo, masks)
+
+    def _squashed(self, photo: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         square = (self.options.image_size, self.options.image_size)
         return resize(photo, square), nearest(masks, square)
 
@@ -176,28 +180,20 @@ class PhraseDataset(SegmentationDataset):
 
     def _supports(self, asked: list[int], image: int, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         """Other samples of the phrases, seen as training images are, in evaluation squashed; phrase -1 has none."""
-        shape, side = (len(asked), self.options.supports), self.options.image_size
-        images = np.zeros((*shape, 3, side, side), dtype=np.uint8)
-        masks = np.zeros((*shape, side, side), dtype=bool)
-        valid = np.zeros(shape, dtype=bool)
-        for k, phrase in enumerate(asked):
-            for s, sample in enumerate(self._support_samples(phrase, image, rng)):
-                photo, mask = self.source.image(int(self.source.image_of[sample])), self.source.mask(int(sample))[None]
-                if self.train:
-                    photo, mask = self._training_view(photo, mask, rng)
-                else:
-                    photo, mask = resize(photo, (side, side)), nearest(mask, (side, side))
-                images[k, s], masks[k, s], valid[k, s] = photo.transpose(2, 0, 1), mask[0], True
-        return {
-            "support_image": torch.from_numpy(images),
-            "support_mask": torch.from_numpy(masks),
-            "support_valid": torch.from_numpy(valid),
-        }
+
+        def seen(sample: int) -> tuple[np.ndarray, np.ndarray]:
+            photo, mask = self.source.image(int(self.source.image_of[sample])), self.source.mask(sample)[None]
+            photo, mask = self._training_view(photo, mask, rng) if self.train else self._squashed(photo, mask)
+            return photo, mask[0]
+
+        found = (map(seen, self._support_samples(phrase, image, rng).tolist()) for phrase in asked)
+        return stack_supports(found, self.options.supports, self.options.image_size)
 
     def _support_samples(self, phrase: int, image: int, rng: np.random.Generator) -> np.ndarray:
+        """Those that a phrase's supports may be, in the order in which they are drawn."""
         samples = self.samples_of[phrase] if phrase >= 0 else np.zeros(0, dtype=np.int64)
         if not self.options.support_may_be_query:
             samples = samples[self.source.image_of[samples] != image]
         elif len(samples) == 1:
             samples = samples[:0]
-        return rng.permutation(samples)[: self.options.supports]
+        return rng.permutation(samples)
