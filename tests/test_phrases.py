@@ -250,6 +250,20 @@ def test_an_evaluation_item_is_an_image_with_all_its_phrases(tmp_path):
     assert make(root, image_size=30, square=False).dataset("val")[0]["image"].shape == (3, 30, 50)
 
 
+def test_masks_are_scored_at_the_images_size_or_resized_with_it(tmp_path):
+    root = write_squares(tmp_path)
+    for square, shape, (rows, columns) in ((True, (20, 20), (3, 5)), (False, (12, 20), (5, 5))):
+        options = {"image_size": min(shape), "square": square, "supports": 1, "eval_absent": 1}
+        own, resized = (items_of(make(root, resize_labels=given, **options), "test") for given in (False, True))
+        for one, other in zip(own, resized, strict=True):
+            masks = one["prompt_masks"][:, rows // 2 :: rows, columns // 2 :: columns]  # each pixel from the middle of its own
+            assert one["labels"].shape == (60, 100) and other["labels"].shape == shape and (other["labels"] == 255).all()
+            assert torch.equal(other.pop("prompt_masks"), masks) and one.pop("prompt_masks").shape[1:] == (60, 100)
+            del one["labels"], other["labels"]
+            assert same(one, other)  # also phrase_kind: of a cat that vanished
+    assert resized[2]["prompts"][1] == "cat" and resized[2]["phrase_kind"][1] == "small name" and not masks[1].any()
+
+
 def test_phrases_at_once_and_absent_phrases(scenes):
     whole = items_of(make(scenes), "test")
     parts = items_of(make(scenes, phrases_at_once=2), "test")
@@ -322,6 +336,8 @@ def test_coco_phrases_against_the_json_and_pycocotools(shared):
             annotations = coco.loadAnns(coco.getAnnIds(int(Path(item["name"]).stem), coco.getCatIds([phrase])))
             other = np.any([coco.annToMask(a) > 0 for a in annotations], axis=0)
             assert iou(mask.numpy(), other) > 0.9
+    resized = CocoPhrases(str(root), num_workers=0, image_size=64, resize_labels=True).dataset("val")[0]
+    assert resized["labels"].shape == resized["prompt_masks"].shape[1:] == (64, 64)
     batch = next(iter(CocoPhrases(str(root), num_workers=0, batch_size=3, supports=1, image_size=64).train_dataloader()))
     assert batch["phrase_class"].shape == (3, 1) and batch["support_image"].shape == (3, 1, 1, 3, 64, 64)
 

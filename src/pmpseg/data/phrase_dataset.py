@@ -1,7 +1,7 @@
 """Items of phrases with a mask each: which phrases of which image, what is asked instead, what supports them, and the crop.
 
 A training item is an image (3, S, S) with K phrases. In evaluation it is an image with all its phrases; labels (all 255: phrases
-have no class map) and prompt_masks keep the image's own size. ``PhraseData`` explains the options.
+have no class map) and prompt_masks keep the image's own size, unless resize_labels. ``PhraseData`` explains the options.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from pmpseg.errors import InputError
 from .base import IGNORE, SegmentationDataset
 from .items import chw, stack_supports
 from .phrase_parts import Groups, is_absent, object_crop, size_word
-from .transforms import eval_transform, nearest, resize
+from .transforms import eval_transform, nearest, resize, square_transform
 
 NEGATIVE_TRIES = 50
 
@@ -53,6 +53,7 @@ class PhraseOptions:
     prefixes: tuple[str, ...]
     crop: str
     square: bool
+    resize_labels: bool
     prompts_per_image: int
     phrases_at_once: int | None
     eval_absent: int
@@ -108,10 +109,11 @@ class PhraseDataset(SegmentationDataset):
                     absent.append(len(asked))
                     asked.append(other)
             masks = np.concatenate([masks, np.zeros((len(absent), *masks.shape[1:]), dtype=bool)])
-            photo = self._evaluation_view(photo)
             texts = [self.unique[p] for p in asked]
             padding = 0
         kinds = ["" if k in absent else self._kind(samples[k], masks[k]) for k in range(len(asked))]
+        if not self.train:
+            photo, masks = self._evaluation_view(photo, masks)
         item = {
             "image": chw(photo),
             "labels": torch.full(masks.shape[1:], IGNORE, dtype=torch.int64),
@@ -173,10 +175,12 @@ class PhraseDataset(SegmentationDataset):
         square = (self.options.image_size, self.options.image_size)
         return resize(photo, square), nearest(masks, square)
 
-    def _evaluation_view(self, photo: np.ndarray) -> np.ndarray:
-        if self.options.square:
-            return resize(photo, (self.options.image_size, self.options.image_size))
-        return eval_transform(self.options.image_size)({"image": photo})["image"]
+    def _evaluation_view(self, photo: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Photo (H, W, 3) and masks (K, H, W) -> the photo as it is asked, the masks as they are scored."""
+        size, resize_labels = self.options.image_size, self.options.resize_labels
+        view = square_transform(size, False, resize_labels) if self.options.square else eval_transform(size, resize_labels)
+        sample = view({"image": photo, "masks": masks})
+        return sample["image"], sample["masks"]
 
     def _supports(self, asked: list[int], image: int, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         """Other samples of the phrases, seen as training images are, in evaluation squashed; phrase -1 has none."""

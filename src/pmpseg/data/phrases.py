@@ -32,6 +32,8 @@ class PhraseData(SegmentationData):
         prefixes: what a training phrase is put into: nothing (plain), "a photo of a" (fixed), one of 4 (shuffle) or of 9.
         crop: a training square of side min(H, W) that keeps the object in view, or none: the whole image squashed.
         square: in evaluation squash the whole image to a square, as the paper's code does; False keeps its aspect.
+        resize_labels: in evaluation resize masks as the image, and score there, as the paper's code does, so that a mask may vanish
+            and count as absent; False scores at the image's own size.
         prompts_per_image: K. With 1 an epoch shows each phrase once; with more it shows each image once, with K of its phrases
             drawn anew, padded with "", and the crop is about the first of them.
         phrases_at_once: in evaluation at most so many phrases of an image make one item; null for all.
@@ -54,6 +56,7 @@ class PhraseData(SegmentationData):
         prefixes: Literal["plain", "fixed", "shuffle", "shuffle+"] = "shuffle+",
         crop: Literal["object", "none"] = "object",
         square: bool = True,
+        resize_labels: bool = False,
         prompts_per_image: int = 1,
         phrases_at_once: int | None = None,
         eval_absent: int = 0,
@@ -76,19 +79,20 @@ class PhraseData(SegmentationData):
                 raise InputError(f"{name}: got {word!r}, want one of {', '.join(known)}")
         self.supports, self.square = supports, square
         self.options = PhraseOptions(
-            image_size,
-            negatives,
-            check_negatives,
-            supports,
-            support_may_be_query,
-            PREFIXES[prefixes],
-            crop,
-            square,
-            prompts_per_image,
-            phrases_at_once,
-            eval_absent,
-            tuple(remove_classes),
-            seed,
+            image_size=image_size,
+            negatives=negatives,
+            check_negatives=check_negatives,
+            supports=supports,
+            support_may_be_query=support_may_be_query,
+            prefixes=PREFIXES[prefixes],
+            crop=crop,
+            square=square,
+            resize_labels=resize_labels,
+            prompts_per_image=prompts_per_image,
+            phrases_at_once=phrases_at_once,
+            eval_absent=eval_absent,
+            remove_classes=tuple(remove_classes),
+            seed=seed,
         )
         self._sources: dict[str, PhraseSource] = {}
 
