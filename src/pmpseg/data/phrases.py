@@ -23,7 +23,7 @@ class PhraseData(SegmentationData):
     Args:
         image_size: S, the side of the training square, and in evaluation of the square or the short side.
         negatives: share of training phrases that are replaced by another one of the data set, with an empty mask.
-        check_negatives: take only phrases that no phrase of the image says to be there ("car" where it has "red car"); the
+        check_negatives: take only phrases that no phrase of the image says to be there ("cars" where it has "red car"); the
             paper's code makes sure only that it is not the sample's own phrase (False).
         supports: how many other samples of the same phrase, S, come along as images with masks; in evaluation too, from the same
             split. Phrases with too few are filled up with zeros, and support_valid False.
@@ -32,8 +32,8 @@ class PhraseData(SegmentationData):
         prefixes: what a training phrase is put into: nothing (plain), "a photo of a" (fixed), one of 4 (shuffle) or of 9.
         crop: a training square of side min(H, W) that keeps the object in view, or none: the whole image squashed.
         square: in evaluation squash the whole image to a square, as the paper's code does; False keeps its aspect.
-        resize_labels: in evaluation resize masks as the image, and score there, as the paper's code does, so that a mask may vanish
-            and count as absent; False scores at the image's own size.
+        resize_labels: in evaluation resize masks as the image, and score there, as the paper's code does (a mask that vanishes
+            counts as absent); False scores at the image's own size.
         prompts_per_image: K. With 1 an epoch shows each phrase once; with more it shows each image once, with K of its phrases
             drawn anew, padded with "", and the crop is about the first of them.
         phrases_at_once: in evaluation at most so many phrases of an image make one item; null for all.
