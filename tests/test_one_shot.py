@@ -130,6 +130,12 @@ def test_batches(voc):
     assert not [key for key in bare if key.startswith("support")]
 
 
+def test_evaluation_without_supports(voc):
+    data, bare = (Pascal5i(str(voc), num_workers=0, image_size=48, shots=shots) for shots in (1, 0))
+    data.supports_in_evaluation = False
+    assert all(equal(one, other) for one, other in zip(items(data), items(bare), strict=True))
+
+
 def test_lists_of_others(voc, tmp_path):
     """PFENet's with folders of its author's machine, DeepLab's with a leading slash, HSNet's with classes."""
     pfenet = "".join(f"JPEGImages/{s}.jpg /home/someone/masks/{s}.png\n" for s in PICTURES)

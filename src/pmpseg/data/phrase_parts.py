@@ -75,7 +75,8 @@ def _words(phrase: str) -> frozenset[str]:
 def _in_any_number(word: str) -> frozenset[str]:
     """A word, what may be its plural, and what it may be the plural of."""
     ends = [*PLURAL_ENDS, *(end[::-1] for end in PLURAL_ENDS)]
-    return frozenset((word, *(word.removesuffix(old) + new for old, new in ends if word.endswith(old)), IRREGULAR.get(word, word)))
+    others = (word.removesuffix(old) + new for old, new in ends if word.endswith(old))
+    return frozenset((word, IRREGULAR.get(word, word), *others))
 
 
 class Groups:

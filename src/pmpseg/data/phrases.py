@@ -6,6 +6,7 @@ the image, a support may be the query itself), ours is what is meant and the cod
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 from pmpseg.errors import InputError
@@ -26,7 +27,7 @@ class PhraseData(SegmentationData):
         check_negatives: take only phrases that no phrase of the image says to be there ("cars" where it has "red car"); the
             paper's code makes sure only that it is not the sample's own phrase (False).
         supports: how many other samples of the same phrase, S, come along as images with masks; in evaluation too, from the same
-            split. Phrases with too few are filled up with zeros, and support_valid False.
+            split, unless ``supports_in_evaluation`` is False. What is missing is zeros, and support_valid False.
         support_may_be_query: draw them from all samples of the phrase, the query itself too, as the paper's code does; a
             phrase with one sample has none even so.
         prefixes: what a training phrase is put into: nothing (plain), "a photo of a" (fixed), one of 4 (shuffle) or of 9.
@@ -106,4 +107,5 @@ class PhraseData(SegmentationData):
         return self._sources[split]
 
     def dataset(self, split: str) -> "PhraseDataset":
-        return PhraseDataset(self.source(split), self.options, split)
+        options = self.options if self.has_supports(split) else replace(self.options, supports=0)
+        return PhraseDataset(self.source(split), options, split)
