@@ -16,6 +16,7 @@ from pmpseg.data.base import SegmentationData, SegmentationDataset
 from pmpseg.data.episodes import MIN_PIXELS, CocoEpisodes, Source, VocEpisodes
 from pmpseg.data.items import chw, stack_supports
 from pmpseg.data.phrase_parts import SIZES, size_word
+from pmpseg.data.removal import PASCAL_FOLDS
 from pmpseg.data.sources import read_instances
 from pmpseg.data.transforms import eval_transform, square_transform
 from pmpseg.data.voc import VOC_NAMES, VocImages
@@ -117,8 +118,7 @@ class Pascal5i(OneShot):
         num_workers: int = 2,
         seed: int = 0,
     ) -> None:
-        size = len(VOC_NAMES) // FOLDS
-        classes = range(size * check_fold(fold), size * (fold + 1))
+        classes = [VOC_NAMES.index(name) for name in PASCAL_FOLDS[check_fold(fold)]]
         source = VocEpisodes(VocImages(root, images, masks), classes, min_pixels, small_targets)
         sizes = (image_size, square, pad, resize_labels)
         vocabulary = Vocabulary.of(VOC_NAMES)

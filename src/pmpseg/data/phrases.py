@@ -39,7 +39,8 @@ class PhraseData(SegmentationData):
             drawn anew, padded with "", and the crop is about the first of them.
         phrases_at_once: in evaluation at most so many phrases of an image make one item; null for all.
         eval_absent: in evaluation as many phrases that are not on the image are asked beside its own, with an empty mask.
-        remove_classes: leave out the training and validation phrases that name one of these classes, or a kind of it.
+        remove_classes: leave out the training and validation phrases that name one of these classes, or a kind of it. Classes
+            are Pascal's 20; pascal5i-0 to pascal5i-3 are those of a fold, zero-shot-1 to zero-shot-5 those of the first pairs.
         batch_size, eval_batch_size, num_workers, seed: see ``SegmentationData``.
     """
 
