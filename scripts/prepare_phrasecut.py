@@ -13,9 +13,9 @@ status is 0 where everything asked for is there and as expected, else 1.
 
 import argparse
 import shutil
-import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from http.client import HTTPException
 from json import dumps
 from pathlib import Path
 
@@ -80,15 +80,25 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def fetch(url: str, path: Path) -> None:
     """A file, whole or not at all."""
     hint = "give another link with --url, or put the file there by hand"
-    try:
-        with cli.whole_file(path) as temporary:
+    with cli.whole_file(path) as temporary:
+        try:
             with urllib.request.urlopen(url, timeout=60) as answer, temporary.open("wb") as file:
                 shutil.copyfileobj(answer, file)
-            with temporary.open("rb") as file:
-                if file.read(64).lstrip()[:1] != b"[":  # a page that asks for something, or says that the link is dead
-                    raise InputError(f"{path.name}: {url} gives something else than the file: {hint}")
-    except (urllib.error.URLError, TimeoutError, ValueError) as error:
-        raise InputError(f"{path.name}: cannot be fetched from {url} ({error}): {hint}") from None
+                size, wanted = file.tell(), answer.headers.get("Content-Length")
+        except (OSError, HTTPException, ValueError) as error:
+            if getattr(error, "errno", None) in cli.USERS:  # no space, no permission: another link would not help
+                raise
+            raise InputError(f"{path.name}: cannot be fetched from {url} ({cli.one_line(str(error))}): {hint}") from None
+        if wanted is not None and size != int(wanted):  # a server that closes early is no error to urllib
+            raise InputError(f"{path.name}: {url} gave {size:,} of {int(wanted):,} bytes: try again, or {hint}")
+        with temporary.open("rb") as file:
+            first = file.read(64).lstrip()[:1]
+            file.seek(max(0, size - 64))
+            last = file.read().rstrip()[-1:]
+        if first != b"[":  # a page that asks for something, or says that the link is dead
+            raise InputError(f"{path.name}: {url} gives something else than the file: {hint}")
+        if last != b"]":  # nor does it always say how many bytes there are
+            raise InputError(f"{path.name}: {url} gave {size:,} bytes and then stopped: try again, or {hint}")
 
 
 def check(folder: Path, images: Path, splits: Sequence[str]) -> list[str]:

@@ -350,6 +350,24 @@ def test_collate_of_phrases():
     assert batch["prompts"] == [["red", ""]] * 2 and batch["index"].tolist() == [3, 3]
 
 
+def test_collate_pads_to_the_most_prompts():
+    def item(count: int) -> dict:
+        one = {"image": torch.full((3, 4, 5), count, dtype=torch.uint8), "labels": torch.zeros(4, 5)}
+        one |= {"name": str(count), "index": count, "prompts": ["x"] * count, "phrase_kind": ["class"] * count}
+        one |= {"prompt_class": torch.full((count,), 7), "phrase_class": torch.full((count,), 8)}
+        one |= {"prompt_masks": torch.ones(count, 4, 5, dtype=torch.bool), "support_valid": torch.ones(count, 2) > 0}
+        one["support_image"] = torch.full((count, 2, 3, 6, 6), 9, dtype=torch.uint8)
+        return one | {"support_mask": torch.ones(count, 2, 6, 6, dtype=torch.bool)}
+
+    batch = collate([item(1), item(3)])
+    assert batch["prompts"] == [["x", "", ""], ["x"] * 3] and batch["phrase_kind"] == [["class", "", ""], ["class"] * 3]
+    assert batch["prompt_class"].tolist() == [[7, -1, -1], [7] * 3] and batch["phrase_class"].tolist() == [[8, -1, -1], [8] * 3]
+    for key in ("prompt_masks", "support_valid", "support_image", "support_mask"):
+        assert batch[key].shape[:2] == (2, 3) and batch[key].dtype == item(1)[key].dtype
+        assert batch[key][0, 0].all() and not batch[key][0, 1:].any() and batch[key][1].all()
+    assert batch["image"].shape == (2, 3, 4, 5) and batch["image"][1].eq(3).all()
+
+
 def make_coco(folder: Path, images: int = 4) -> dict:
     """Two squares of a "dog" (id 7), a "cat" (id 3) on the first, and "far" (id 20), which never occurs."""
     (folder / "images").mkdir(parents=True)

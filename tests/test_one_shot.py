@@ -101,6 +101,15 @@ def test_supports_show_the_class_in_other_images(voc):
     assert len(firsts) > 1  # drawn
 
 
+def test_a_support_whose_mask_vanishes_is_none(voc, tmp_path):
+    """HSNet's lists ask whatever the pixels: 8 x 9 of 80 x 80 are none of 4 x 4."""
+    (tmp_path / "fold0.txt").write_text("2007_000001__01\n2007_000006__01\n")
+    for size, valid in ((4, False), (40, True)):
+        data = Pascal5i(str(voc), images=str(tmp_path / "fold0.txt"), num_workers=0, image_size=size)
+        item = data.dataset("test")[0]
+        assert bool(item["support_valid"]) == bool(item["support_mask"].any()) == bool(item["support_image"].any()) == valid
+
+
 def test_episodes_are_the_same_again(voc):
     a, b, c = (Pascal5i(str(voc), seed=s, episodes=9, image_size=48, num_workers=w) for s, w in ((0, 0), (0, 2), (1, 0)))
     one, again, other = items(a), items(b), items(c)
@@ -119,6 +128,12 @@ def test_batches(voc):
     assert batch["prompt_masks"].shape == (3, 1, 48, 48) and batch["phrase_kind"][0] == ["large"]
     bare = items(Pascal5i(str(voc), num_workers=0, image_size=48, shots=0))[0]
     assert not [key for key in bare if key.startswith("support")]
+
+
+def test_evaluation_without_supports(voc):
+    data, bare = (Pascal5i(str(voc), num_workers=0, image_size=48, shots=shots) for shots in (1, 0))
+    data.supports_in_evaluation = False
+    assert all(equal(one, other) for one, other in zip(items(data), items(bare), strict=True))
 
 
 def test_lists_of_others(voc, tmp_path):

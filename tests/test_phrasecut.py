@@ -1,8 +1,11 @@
 """PhraseCut in its official layout: masks, places of images, clear errors, and the script that checks the files."""
 
+import errno
 import json
 import pickle
 import runpy
+import socket
+import threading
 import zipfile
 from pathlib import Path
 
@@ -302,3 +305,48 @@ def test_prepare_fetches_what_is_missing_whole_or_not_at_all(scenes, tmp_path, c
         assert not list((tmp_path / "other").iterdir()) and "\n" not in str(caught.value)
     with pytest.raises(InputError, match=r"--url: got 'refer_tset.json=x', .* did you mean 'refer_test.json'"):
         prepare(capsys, tmp_path, "--url", "refer_tset.json=x")
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (b"HTTP/1.0 200 OK\r\nContent-Length: 90\r\n\r\n[1, 2]", r"gave 6 of 90 bytes: try again"),
+        (b"HTTP/1.0 200 OK\r\n\r\n[1, 2", r"gave 5 bytes and then stopped: try again"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n6\r\n[1, 2]\r\n", r"cannot be fetched from \S+ \(IncompleteRead"),
+        (b"", r"cannot be fetched from \S+ \(Remote end closed connection"),
+        (b"nonsense\r\n\r\n", r"cannot be fetched from \S+ \(nonsense"),
+        (b"HTTP/1.0 200 OK\r\nContent-Length: 6\r\n\r\n[1, 2]", None),
+        (b"HTTP/1.0 200 OK\r\n\r\n[1, 2]\n", None),
+    ],
+)
+def test_prepare_leaves_nothing_of_a_broken_answer(tmp_path, answer, message):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=answer_once, args=(server, answer))
+        thread.start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/x"
+        if message is None:
+            PREPARE["fetch"](url, tmp_path / "x.json")
+        else:
+            with pytest.raises(InputError, match=f"^x.json: .*{message}") as caught:
+                PREPARE["fetch"](url, tmp_path / "x.json")
+            assert "\n" not in str(caught.value)
+        thread.join()
+    assert [path.name for path in tmp_path.iterdir()] == ([] if message else ["x.json"])
+
+
+def test_prepare_does_not_blame_the_link_for_a_full_disk(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "y").write_text("[]")
+    monkeypatch.setattr("shutil.copyfileobj", full)
+    with pytest.raises(OSError, match="No space left"):
+        PREPARE["fetch"]((tmp_path / "y").as_uri(), tmp_path / "x.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["y"]
+
+
+def answer_once(server: socket.socket, answer: bytes) -> None:
+    connection, _ = server.accept()
+    with connection:
+        connection.recv(4096)
+        connection.sendall(answer)

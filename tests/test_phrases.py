@@ -117,7 +117,43 @@ def test_unchecked_negatives_may_be_there_as_in_the_papers_code(tmp_path):
     first = lambda **options: [item["prompts"][0] for item in items_of(make(root, **options), epochs=40)[::5]]  # noqa: E731
     assert set(first(negatives=1.0)) == {"cat"}  # of image 1, "car" and "dog" are on it
     assert set(first(negatives=1.0, check_negatives=False)) == {"car", "dog", "cat"}
-    assert is_absent("blue car", ["red car"]) and not is_absent("Car", ["red car", "dog"]) and is_absent("red car", ["car"])
+
+
+@pytest.mark.parametrize(
+    ("phrase", "present"),
+    [
+        ("Car", ["dog", "red car"]),
+        ("cars", ["red car"]),
+        ("car", ["two red cars"]),
+        ("car", ["red car."]),
+        ("a car", ["car"]),
+        ("man", ["man's shirt"]),
+        ("the man", ["Men"]),
+        ("man's shirt", ["shirt of a man"]),
+        ("shirt", ["t-shirt"]),
+        ("bus", ["buses"]),
+        ("glasses", ["glass"]),
+        ("women", ["old woman"]),
+        ("knife", ["knives"]),
+        ("tomato", ["tomatoes"]),
+        ("baby", ["babies"]),
+        ("tie", ["ties"]),
+        ("leaf", ["green leaves"]),
+        ("foot", ["feet"]),
+        ("people", ["person"]),
+        ("box", ["boxes"]),
+        ("dishes", ["dish"]),
+        ("the", ["dog"]),
+    ],
+)
+def test_what_the_image_has_is_not_absent(phrase, present):
+    assert not is_absent(phrase, present)
+
+
+def test_what_the_image_has_not_is_absent():
+    for phrase, present in {"blue car": "red car", "red car": "car", "car": "carpet", "cat": "cattle", "bus": "bush"}.items():
+        assert is_absent(phrase, [present]) and is_absent(phrase, [present, "the dogs", "a"])
+    assert is_absent("red car", ["car", "red bus"])  # no phrase alone says so
 
 
 def test_negatives_of_coco_are_annotated_nowhere_in_the_image(shared):
@@ -184,6 +220,22 @@ def test_supports_are_cropped_as_training_images_are(tmp_path):
         assert item["support_mask"].sum() > 0.05 * 6000
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_support_whose_mask_vanishes_is_none(tmp_path, split):
+    """Of image 3 the cat is one column of pixels, which is not among the 20 that are left of 100."""
+    root = write_squares(tmp_path)
+    tasks = json.loads((root / f"refer_{split}.json").read_text())
+    for cats, valid in ((("car",), [False, False]), (("car", "red car"), [True, False])):  # on image 2, and on 1
+        changed = [task | {"phrase": "cat"} if task["phrase"] in cats else task for task in tasks]
+        (root / f"refer_{split}.json").write_text(json.dumps(changed))
+        data = make(root, supports=2, crop="none", image_size=20)
+        of_2 = [item for item in items_of(data, split, epochs=8) if item["name"] == "2.jpg"]
+        assert len(of_2) == 8 and all(item["support_valid"].tolist() == [valid] for item in of_2)
+        one = torch.from_numpy(data.source(split).mask(0)[1::3, 2::5].copy())  # the red car on image 1
+        for item in of_2:
+            assert torch.equal(item["support_mask"][0, 0], one & valid[0]) and not item["support_image"][0, 1].any()
+
+
 @pytest.mark.parametrize(("prefixes", "count"), [("plain", 1), ("fixed", 1), ("shuffle", 4), ("shuffle+", 9)])
 def test_prefixes_are_for_training_only(tmp_path, prefixes, count):
     root = write_squares(tmp_path)
@@ -232,6 +284,36 @@ def test_an_evaluation_item_is_an_image_with_all_its_phrases(tmp_path):
     other = Image.open(root / "images/3.jpg").resize((50, 50), Image.Resampling.BILINEAR)
     assert np.array_equal(items[0]["support_image"][1, 0].permute(1, 2, 0), np.array(other))
     assert make(root, image_size=30, square=False).dataset("val")[0]["image"].shape == (3, 30, 50)
+
+
+def test_masks_are_scored_at_the_images_size_or_resized_with_it(tmp_path):
+    root = write_squares(tmp_path)
+    for square, shape, (rows, columns) in ((True, (20, 20), (3, 5)), (False, (12, 20), (5, 5))):
+        options = {"image_size": min(shape), "square": square, "supports": 1, "eval_absent": 1}
+        own, resized = (items_of(make(root, resize_labels=given, **options), "test") for given in (False, True))
+        for one, other in zip(own, resized, strict=True):
+            masks = one["prompt_masks"][:, rows // 2 :: rows, columns // 2 :: columns]  # each pixel from the middle of its own
+            assert one["labels"].shape == (60, 100) and other["labels"].shape == shape and (other["labels"] == 255).all()
+            assert torch.equal(other.pop("prompt_masks"), masks) and one.pop("prompt_masks").shape[1:] == (60, 100)
+            del one["labels"], other["labels"]
+            assert same(one, other)  # also phrase_kind: of a cat that vanished
+    assert resized[2]["prompts"][1] == "cat" and resized[2]["phrase_kind"][1] == "small name" and not masks[1].any()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluation_without_supports(tmp_path, workers):
+    root = write_squares(tmp_path)
+    data, bare = make(root, supports=1, num_workers=workers), make(root)
+    data.supports_in_evaluation = False
+    read, image = [], data.source("val").image
+    if not workers:
+        data.source("val").image = lambda number: (read.append(number), image(number))[1]
+    for loaders in ((data.val_dataloader(), bare.val_dataloader()), (data.test_dataloader(), bare.test_dataloader())):
+        assert all(same(one, other) for one, other in zip(*loaders, strict=True))
+    assert workers or read == [0, 1, 2]  # an image each, and no more
+    assert "support_image" in data.dataset("train")[0] and data.options.supports == 1
+    data.supports_in_evaluation = True
+    assert "support_image" in data.dataset("val")[0]
 
 
 def test_phrases_at_once_and_absent_phrases(scenes):
@@ -306,6 +388,8 @@ def test_coco_phrases_against_the_json_and_pycocotools(shared):
             annotations = coco.loadAnns(coco.getAnnIds(int(Path(item["name"]).stem), coco.getCatIds([phrase])))
             other = np.any([coco.annToMask(a) > 0 for a in annotations], axis=0)
             assert iou(mask.numpy(), other) > 0.9
+    resized = CocoPhrases(str(root), num_workers=0, image_size=64, resize_labels=True).dataset("val")[0]
+    assert resized["labels"].shape == resized["prompt_masks"].shape[1:] == (64, 64)
     batch = next(iter(CocoPhrases(str(root), num_workers=0, batch_size=3, supports=1, image_size=64).train_dataloader()))
     assert batch["phrase_class"].shape == (3, 1) and batch["support_image"].shape == (3, 1, 1, 3, 64, 64)
 

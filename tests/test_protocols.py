@@ -178,6 +178,17 @@ def test_batches_do_not_matter(segmenter, voc):
     assert all(results[0][k] == pytest.approx(results[1][k], abs=1e-3) for k in results[0])
 
 
+@pytest.mark.parametrize("form", ["text", "image"])
+def test_batches_of_images_with_more_and_fewer_phrases(segmenter, tmp_path, form):
+    root, results = str(write_phrasecut(tmp_path / "pc", scenes=6)), []
+    for size in (1, 2):
+        data = PhraseCut(root, image_size=64, resize_labels=True, supports=1, num_workers=0, eval_batch_size=size)
+        results.append(numbers(evaluate.evaluate(segmenter, data, prompt_form=form)))
+    assert len({len(data.dataset("test")[i]["prompts"]) for i in range(len(data.dataset("test")))}) > 1
+    assert results[0].keys() == results[1].keys()
+    assert all(results[0][k] == pytest.approx(results[1][k], abs=1e-3) for k in results[0])
+
+
 def test_a_prompt_form_by_itself(segmenter):
     g = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (3, 2, 3, 48, 48), generator=g, dtype=torch.uint8)
@@ -271,7 +282,9 @@ def test_the_configs(voc, tmp_path):
         spec = evaluate.read_data(str(CONFIGS / f"{name}.yaml"))
         spec["init_args"]["root"] = str(root)
         data = evaluate.build_data(spec)
-        assert next(iter(data.test_dataloader()))["image"].shape == (1, 3, 352, 352)
+        batch = next(iter(data.test_dataloader()))
+        assert batch["image"].shape == (1, 3, 352, 352)
+        assert (batch["labels"].shape == (1, 352, 352)) == (name != "pascal5i")  # PFENet's code scores at the image's own size
     with pytest.raises(InputError, match=r"there is no .*instances_val2014"):
         spec = evaluate.read_data(str(CONFIGS / "coco20i.yaml"))
         spec["init_args"]["root"] = str(tmp_path)

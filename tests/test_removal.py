@@ -2,12 +2,15 @@
 
 import os
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
+from pmpseg import fit
 from pmpseg.data.removal import (
     ASSETS,
     PASCAL_CLASSES,
@@ -132,6 +135,32 @@ def test_folds_and_pairs():
     assert PASCAL_FOLDS[1] == ("bus", "car", "cat", "chair", "cow")
     unseen = [name for pair in ZERO_SHOT_PAIRS for name in pair]
     assert len(set(unseen)) == 10 and set(unseen) <= set(PASCAL_CLASSES) and unseen[:2] == ["cow", "motorbike"]
+
+
+def test_protocols():
+    """By their names, in CLIPSeg's paper and in ZS3Net's."""
+    told = {"pascal5i-0": "aeroplane bicycle bird boat bottle", "pascal5i-3": "potted_plant sheep sofa train tv_monitor"}
+    told |= {"zero-shot-1": "cow motorbike", "zero-shot-2": "cow motorbike aeroplane sofa"}
+    told["zero-shot-5"] = "cow motorbike aeroplane sofa cat tv_monitor train bottle chair potted_plant"
+    for protocol, words in told.items():
+        names = [word.replace("_", " ") for word in words.split()]
+        assert [removed(name, [protocol]) for name in PASCAL_CLASSES] == [removed(name, names) for name in PASCAL_CLASSES]
+        assert removed(f"two {names[0]}s", ["dog", protocol]) and removed("puppies", ["dog", protocol])
+        assert not removed("puppies", [protocol]) and not removed("blue sky", [protocol])
+    for wrong in ("pascal5i-4", "zero-shot-0", "zero-shot-6"):
+        with pytest.raises(InputError, match=rf"class '{wrong}' has no removal list, want .*pascal5i-3, zero-shot-1, .*-5"):
+            removed("a cat", [wrong])
+
+
+@pytest.mark.parametrize("name, protocol", [("pascal5i", "pascal5i-0"), ("pascal_zero_shot", "zero-shot-5")])
+def test_what_the_configs_say_of_training_for_them(name, protocol, capsys):
+    conf = Path(__file__).parents[1] / "conf"
+    (line,) = (line for line in (conf / "eval" / f"{name}.yaml").read_text().splitlines() if "pmpseg.fit" in line)
+    options = shlex.split(line.partition("pmpseg.fit ")[2])
+    options[options.index("-c") + 1] = str(conf.parent / options[options.index("-c") + 1])
+    with pytest.raises(SystemExit):
+        fit.main([*options, "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]["remove_classes"] == [protocol]
 
 
 @pytest.mark.parametrize("other, name", [("tvmonitor", "tv monitor"), ("tv/monitor", "tv monitor"), ("TV", "tv monitor"),

@@ -158,6 +158,14 @@ def test_an_item_is_otherwise_the_same_with_and_without_supports():
     assert without["prompts"] == given["prompts"] and torch.equal(without["prompt_masks"], given["prompt_masks"])
 
 
+def test_evaluation_without_supports():
+    data = scenes(supports=1)
+    data.supports_in_evaluation = False
+    for split in ("val", "test"):
+        assert not set(KEYS) & set(data.dataset(split)[0])
+    assert set(KEYS) <= set(data.dataset("train")[0])
+
+
 def test_several_supports_are_different_scenes_and_missing_ones_are_zeros():
     dataset = scenes(supports=3).dataset("test")
     missing = 0

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.distributed
 from lightning import LightningDataModule
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
@@ -36,10 +37,14 @@ class SegmentationData(LightningDataModule):
 
     A subclass sets ``vocabulary`` and gives ``dataset(split)`` for "train", "val" and "test". ``image_size``
     is the short side at which the network works; ``num_prompts`` (K) the prompts of a training image, None
-    for all classes. Batches of several images in evaluation need images of one size.
+    for all classes. Batches of several images in evaluation need images, and labels, of one size.
+
+    ``supports_in_evaluation``: whether items of val and test come with visual support, where the data has it; set it to False
+    before the loader is made where only texts are asked, since each support is one more image to read.
     """
 
     vocabulary: Vocabulary
+    supports_in_evaluation: bool = True
 
     def __init__(
         self,
@@ -74,6 +79,10 @@ class SegmentationData(LightningDataModule):
 
     def dataset(self, split: str) -> "SegmentationDataset":
         raise NotImplementedError
+
+    def has_supports(self, split: str) -> bool:
+        """Whether items of a split come with visual support, if the data has it."""
+        return split == "train" or self.supports_in_evaluation
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled anew in each epoch; the last incomplete batch is dropped. A continued run's begins where it stopped."""
@@ -176,7 +185,8 @@ class UnpaddedSampler(DistributedSampler):
 def collate(samples: list[dict]) -> dict:
     """B items -> image (B, 3, H, W), labels (B, H, W), index (B,), prompt_class (B, K) and, where the items
     have them, prompt_masks (B, K, H, W), phrase_class (B, K), support_image (B, K, S, 3, h, w), support_mask and
-    support_valid as tensors; name, prompts and phrase_kind as lists of B.
+    support_valid as tensors; name, prompts and phrase_kind as lists of B. K is the most that an item has: others are padded
+    with prompts "", classes -1, and zeros.
     """
     for key in ("image", "labels"):
         shapes = sorted({tuple(sample[key].shape[-2:]) for sample in samples})
@@ -185,11 +195,14 @@ def collate(samples: list[dict]) -> dict:
                 f"{key} of {shapes[0]} and {shapes[1]} pixels make no batch: set eval_batch_size to 1"
             )
     keys = ("image", "labels", "prompt_class", "prompt_masks", "phrase_class", "support_image", "support_mask", "support_valid")
-    tensors = [key for key in keys if key in samples[0]]
-    lists = [key for key in ("name", "prompts", "phrase_kind") if key in samples[0]]
-    batch = {key: torch.stack([torch.as_tensor(sample[key]) for sample in samples]) for key in tensors}
-    batch["index"] = torch.tensor([sample["index"] for sample in samples])
-    return batch | {key: [sample[key] for sample in samples] for key in lists}
+    batch: dict = {"name": [sample["name"] for sample in samples], "index": torch.tensor([sample["index"] for sample in samples])}
+    for key in (key for key in keys if key in samples[0]):
+        rows = [torch.as_tensor(sample[key]) for sample in samples]
+        batch[key] = pad_sequence(rows, batch_first=True, padding_value=-1 if key.endswith("_class") else 0)
+    count = max(len(sample["prompts"]) for sample in samples)
+    for key in (key for key in ("prompts", "phrase_kind") if key in samples[0]):
+        batch[key] = [sample[key] + [""] * (count - len(sample[key])) for sample in samples]
+    return batch
 
 
 def choose_prompts(

@@ -23,6 +23,7 @@ from pmpseg.data.base import (
     choose_prompts,
     ignore_unseen,
 )
+from pmpseg.data.items import chw
 from pmpseg.data.sources import CocoInstances, MaskFolder, read_instances
 from pmpseg.data.transforms import eval_transform, train_transform
 from pmpseg.errors import InputError
@@ -155,7 +156,7 @@ class FolderDataset(SegmentationDataset):
             sample = self.transform(sample)
             prompts, prompt_class = all_prompts(self.vocabulary)
         item = {
-            "image": torch.from_numpy(np.ascontiguousarray(sample["image"].transpose(2, 0, 1))),
+            "image": chw(sample["image"]),
             "labels": torch.from_numpy(sample["labels"].astype(np.int64)),
             "name": self.source.files[self.indices[index]].name,
             "index": index,

@@ -14,7 +14,9 @@ import torch
 
 from pmpseg.data.base import SegmentationData, SegmentationDataset
 from pmpseg.data.episodes import MIN_PIXELS, CocoEpisodes, Source, VocEpisodes
+from pmpseg.data.items import chw, stack_supports
 from pmpseg.data.phrase_parts import SIZES, size_word
+from pmpseg.data.removal import PASCAL_FOLDS
 from pmpseg.data.sources import read_instances
 from pmpseg.data.transforms import eval_transform, square_transform
 from pmpseg.data.voc import VOC_NAMES, VocImages
@@ -116,8 +118,7 @@ class Pascal5i(OneShot):
         num_workers: int = 2,
         seed: int = 0,
     ) -> None:
-        size = len(VOC_NAMES) // FOLDS
-        classes = range(size * check_fold(fold), size * (fold + 1))
+        classes = [VOC_NAMES.index(name) for name in PASCAL_FOLDS[check_fold(fold)]]
         source = VocEpisodes(VocImages(root, images, masks), classes, min_pixels, small_targets)
         sizes = (image_size, square, pad, resize_labels)
         vocabulary = Vocabulary.of(VOC_NAMES)
@@ -176,7 +177,8 @@ class Episodes(SegmentationDataset):
 
     def __init__(self, data: OneShot) -> None:
         self.source, self.vocabulary, self.template = data.source, data.vocabulary, data.template
-        self.shots, self.length, self.in_order, self.seed = data.shots, data.episodes, data.in_order, data.seed
+        self.shots = data.shots if data.has_supports("test") else 0
+        self.length, self.in_order, self.seed = data.episodes, data.in_order, data.seed
         self.transform, self.support_transform, self.side = data.transform, data.support_transform, data.image_size
 
     def __len__(self) -> int:
@@ -201,7 +203,7 @@ class Episodes(SegmentationDataset):
         sample = self.transform(raw)
         labels = torch.from_numpy(sample["labels"].astype(np.int64))
         item = {
-            "image": _chw(sample["image"]),
+            "image": chw(sample["image"]),
             "labels": labels,
             "name": self.source.files[query].name,
             "index": index,
@@ -214,21 +216,12 @@ class Episodes(SegmentationDataset):
         return item | self._supports(label, supports) if self.shots else item
 
     def _supports(self, label: int, supports: list[int]) -> dict[str, torch.Tensor]:
-        image = torch.zeros(1, self.shots, 3, self.side, self.side, dtype=torch.uint8)
-        mask = torch.zeros(1, self.shots, self.side, self.side, dtype=torch.bool)
-        valid = torch.zeros(1, self.shots, dtype=torch.bool)
-        for place, number in enumerate(supports):
-            sample = self.support_transform(self.source.read(number, label))
-            image[0, place], mask[0, place] = _chw(sample["image"]), torch.from_numpy(sample["labels"] == 1)
-            valid[0, place] = True
-        return {"support_image": image, "support_mask": mask, "support_valid": valid}
+        samples = (self.support_transform(self.source.read(number, label)) for number in supports)
+        pairs = ((sample["image"], sample["labels"] == 1) for sample in samples)
+        return stack_supports([pairs], self.shots, self.side)
 
 
 def check_fold(fold: int) -> int:
     if fold not in range(FOLDS):
         raise InputError(f"fold: got {fold}, want 0 to {FOLDS - 1}")
     return fold
-
-
-def _chw(image: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))

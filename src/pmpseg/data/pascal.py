@@ -8,13 +8,13 @@ import numpy as np
 import torch
 
 from pmpseg.data.base import SegmentationData, SegmentationDataset, all_prompts
+from pmpseg.data.items import chw
+from pmpseg.data.removal import ZERO_SHOT_PAIRS
 from pmpseg.data.transforms import eval_transform, square_transform
 from pmpseg.data.voc import VOC_NAMES, VocImages
 from pmpseg.errors import InputError
 from pmpseg.vocabulary import Vocabulary
 
-# cow and motorbike, aeroplane and sofa, cat and tv, train and bottle, chair and potted plant
-UNSEEN_PAIRS = ((10, 14), (1, 18), (8, 20), (19, 5), (9, 16))
 # The words that the paper's code prompts with; the rest are VOC_NAMES.
 PAPER_NAMES = {
     "aeroplane": "airplane",
@@ -29,7 +29,8 @@ class PascalZeroShot(SegmentationData):
 
     ``unseen_pairs`` n: the classes of the first n of ZS3Net's five pairs are the vocabulary's unseen ones, so that ``evaluate``
     gives miou_seen (the background among the seen), miou_unseen and their harmonic mean hiou. The model must have been trained
-    without them; nothing here can check that. The paper's "unseen-10" is 5 pairs, its "unseen-4" is 2.
+    without them (``remove_classes``: zero-shot-n); nothing here can check that. The paper's "unseen-10" is 5 pairs, its
+    "unseen-4" is 2.
 
     ``class_factors`` multiplies the probability of class 0 by ``background_factor`` before the best class is taken: the paper's
     code has 3, the paper does not mention it; 1 is none. Prompts are bare class names. ``paper_names`` writes them as that code
@@ -60,12 +61,12 @@ class PascalZeroShot(SegmentationData):
         num_workers: int = 2,
     ) -> None:
         super().__init__(image_size, None, eval_batch_size=eval_batch_size, num_workers=num_workers)
-        if not 0 <= unseen_pairs <= len(UNSEEN_PAIRS):
-            raise InputError(f"unseen_pairs: got {unseen_pairs}, want 0 to {len(UNSEEN_PAIRS)}")
+        if not 0 <= unseen_pairs <= len(ZERO_SHOT_PAIRS):
+            raise InputError(f"unseen_pairs: got {unseen_pairs}, want 0 to {len(ZERO_SHOT_PAIRS)}")
         if not background_factor > 0:
             raise InputError(f"background_factor: got {background_factor}, want more than 0 (1: none)")
         names = [PAPER_NAMES.get(name, name) if paper_names else name for name in VOC_NAMES]
-        unseen = [index for pair in UNSEEN_PAIRS[:unseen_pairs] for index in pair]
+        unseen = [1 + VOC_NAMES.index(name) for pair in ZERO_SHOT_PAIRS[:unseen_pairs] for name in pair]
         self.vocabulary = Vocabulary.of(["background", *names], unseen)
         self.class_factors = {} if background_factor == 1 else {0: background_factor}
         self.source = VocImages(root, images, masks)
@@ -92,7 +93,7 @@ class PascalDataset(SegmentationDataset):
         sample = self.transform(self.source.read(index))
         prompts, prompt_class = all_prompts(self.vocabulary)
         return {
-            "image": torch.from_numpy(np.ascontiguousarray(sample["image"].transpose(2, 0, 1))),
+            "image": chw(sample["image"]),
             "labels": torch.from_numpy(sample["labels"].astype(np.int64)),
             "name": self.source.files[index].name,
             "index": index,

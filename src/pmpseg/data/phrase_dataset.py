@@ -1,7 +1,7 @@
 """Items of phrases with a mask each: which phrases of which image, what is asked instead, what supports them, and the crop.
 
 A training item is an image (3, S, S) with K phrases. In evaluation it is an image with all its phrases; labels (all 255: phrases
-have no class map) and prompt_masks keep the image's own size. ``PhraseData`` explains the options.
+have no class map) and prompt_masks keep the image's own size, unless resize_labels. ``PhraseData`` explains the options.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,8 +13,9 @@ import torch
 from pmpseg.errors import InputError
 
 from .base import IGNORE, SegmentationDataset
+from .items import chw, stack_supports
 from .phrase_parts import Groups, is_absent, object_crop, size_word
-from .transforms import eval_transform, nearest, resize
+from .transforms import eval_transform, nearest, resize, square_transform
 
 NEGATIVE_TRIES = 50
 
@@ -52,6 +53,7 @@ class PhraseOptions:
     prefixes: tuple[str, ...]
     crop: str
     square: bool
+    resize_labels: bool
     prompts_per_image: int
     phrases_at_once: int | None
     eval_absent: int
@@ -107,12 +109,13 @@ class PhraseDataset(SegmentationDataset):
                     absent.append(len(asked))
                     asked.append(other)
             masks = np.concatenate([masks, np.zeros((len(absent), *masks.shape[1:]), dtype=bool)])
-            photo = self._evaluation_view(photo)
             texts = [self.unique[p] for p in asked]
             padding = 0
         kinds = ["" if k in absent else self._kind(samples[k], masks[k]) for k in range(len(asked))]
+        if not self.train:
+            photo, masks = self._evaluation_view(photo, masks)
         item = {
-            "image": torch.from_numpy(np.ascontiguousarray(photo.transpose(2, 0, 1))),
+            "image": chw(photo),
             "labels": torch.full(masks.shape[1:], IGNORE, dtype=torch.int64),
             "name": self.source.names[image],
             "index": index,
@@ -166,38 +169,35 @@ class PhraseDataset(SegmentationDataset):
         if self.options.crop == "object":
             rows, columns = object_crop(masks[0], rng)
             photo, masks = photo[rows, columns], masks[:, rows, columns]
+        return self._squashed(photo, masks)
+
+    def _squashed(self, photo: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         square = (self.options.image_size, self.options.image_size)
         return resize(photo, square), nearest(masks, square)
 
-    def _evaluation_view(self, photo: np.ndarray) -> np.ndarray:
-        if self.options.square:
-            return resize(photo, (self.options.image_size, self.options.image_size))
-        return eval_transform(self.options.image_size)({"image": photo})["image"]
+    def _evaluation_view(self, photo: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Photo (H, W, 3) and masks (K, H, W) -> the photo as it is asked, the masks as they are scored."""
+        size, resize_labels = self.options.image_size, self.options.resize_labels
+        view = square_transform(size, False, resize_labels) if self.options.square else eval_transform(size, resize_labels)
+        sample = view({"image": photo, "masks": masks})
+        return sample["image"], sample["masks"]
 
     def _supports(self, asked: list[int], image: int, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         """Other samples of the phrases, seen as training images are, in evaluation squashed; phrase -1 has none."""
-        shape, side = (len(asked), self.options.supports), self.options.image_size
-        images = np.zeros((*shape, 3, side, side), dtype=np.uint8)
-        masks = np.zeros((*shape, side, side), dtype=bool)
-        valid = np.zeros(shape, dtype=bool)
-        for k, phrase in enumerate(asked):
-            for s, sample in enumerate(self._support_samples(phrase, image, rng)):
-                photo, mask = self.source.image(int(self.source.image_of[sample])), self.source.mask(int(sample))[None]
-                if self.train:
-                    photo, mask = self._training_view(photo, mask, rng)
-                else:
-                    photo, mask = resize(photo, (side, side)), nearest(mask, (side, side))
-                images[k, s], masks[k, s], valid[k, s] = photo.transpose(2, 0, 1), mask[0], True
-        return {
-            "support_image": torch.from_numpy(images),
-            "support_mask": torch.from_numpy(masks),
-            "support_valid": torch.from_numpy(valid),
-        }
+
+        def seen(sample: int) -> tuple[np.ndarray, np.ndarray]:
+            photo, mask = self.source.image(int(self.source.image_of[sample])), self.source.mask(sample)[None]
+            photo, mask = self._training_view(photo, mask, rng) if self.train else self._squashed(photo, mask)
+            return photo, mask[0]
+
+        found = (map(seen, self._support_samples(phrase, image, rng).tolist()) for phrase in asked)
+        return stack_supports(found, self.options.supports, self.options.image_size)
 
     def _support_samples(self, phrase: int, image: int, rng: np.random.Generator) -> np.ndarray:
+        """Those that a phrase's supports may be, in the order in which they are drawn."""
         samples = self.samples_of[phrase] if phrase >= 0 else np.zeros(0, dtype=np.int64)
         if not self.options.support_may_be_query:
             samples = samples[self.source.image_of[samples] != image]
         elif len(samples) == 1:
             samples = samples[:0]
-        return rng.permutation(samples)[: self.options.supports]
+        return rng.permutation(samples)

@@ -4,8 +4,11 @@ Source: Lueddecke & Ecker, "Image Segmentation Using Text and Image Prompts", CV
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
+
+from .removal import RULES, words_of
 
 _SHUFFLE = ("a photo of a {}.", "a photograph of a {}.", "an image of a {}.", "{}.")
 PREFIXES = {
@@ -25,6 +28,10 @@ SIZES = ("small", "medium", "large")
 SIZE_BOUNDS = (0.02, 0.2)  # shares of the image: PhraseCut's own subsets
 CROP_TRIES = 50
 CROP_SHARE = 0.05  # of the whole image's area
+UNSAID = frozenset(("a", "an", "the", "s"))  # s is that of "man's"
+PLURAL_ENDS = (*RULES, ("ves", "fe"), ("oes", "o"))
+_IRREGULAR = {"child": "children", "foot": "feet", "goose": "geese", "mouse": "mice", "person": "people", "tooth": "teeth"}
+IRREGULAR = _IRREGULAR | {plural: word for word, plural in _IRREGULAR.items()}
 
 
 def object_crop(mask: np.ndarray, rng: np.random.Generator) -> tuple[slice, slice]:
@@ -53,10 +60,23 @@ def size_word(mask: np.ndarray) -> str:
 def is_absent(phrase: str, present: Sequence[str]) -> bool:
     """Whether none of the phrases ``present`` on an image says that ``phrase`` is there too.
 
-    "red car" says so of "red car" and of "car"; of "blue car" it does not.
+    "red car" says so of "a red car" and of "cars"; of "blue car" it does not. Plurals are told by their endings, without a
+    dictionary: what is wrongly taken for one costs a negative, no more.
     """
-    words = set(phrase.casefold().split())
-    return not any(words <= set(other.casefold().split()) for other in present)
+    words = _words(phrase)
+    return not any(words <= frozenset().union(*map(_in_any_number, _words(other))) for other in present)
+
+
+def _words(phrase: str) -> frozenset[str]:
+    return frozenset(words_of(phrase)) - UNSAID
+
+
+@lru_cache(maxsize=8192)  # a data set may have more words, but few of them often
+def _in_any_number(word: str) -> frozenset[str]:
+    """A word, what may be its plural, and what it may be the plural of."""
+    ends = [*PLURAL_ENDS, *(end[::-1] for end in PLURAL_ENDS)]
+    others = (word.removesuffix(old) + new for old, new in ends if word.endswith(old))
+    return frozenset((word, IRREGULAR.get(word, word), *others))
 
 
 class Groups:

@@ -6,6 +6,7 @@ the image, a support may be the query itself), ours is what is meant and the cod
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 from pmpseg.errors import InputError
@@ -23,20 +24,23 @@ class PhraseData(SegmentationData):
     Args:
         image_size: S, the side of the training square, and in evaluation of the square or the short side.
         negatives: share of training phrases that are replaced by another one of the data set, with an empty mask.
-        check_negatives: take only phrases that no phrase of the image says to be there ("car" where it has "red car"); the
+        check_negatives: take only phrases that no phrase of the image says to be there ("cars" where it has "red car"); the
             paper's code makes sure only that it is not the sample's own phrase (False).
         supports: how many other samples of the same phrase, S, come along as images with masks; in evaluation too, from the same
-            split. Phrases with too few are filled up with zeros, and support_valid False.
+            split, unless ``supports_in_evaluation`` is False. What is missing is zeros, and support_valid False.
         support_may_be_query: draw them from all samples of the phrase, the query itself too, as the paper's code does; a
             phrase with one sample has none even so.
         prefixes: what a training phrase is put into: nothing (plain), "a photo of a" (fixed), one of 4 (shuffle) or of 9.
         crop: a training square of side min(H, W) that keeps the object in view, or none: the whole image squashed.
         square: in evaluation squash the whole image to a square, as the paper's code does; False keeps its aspect.
+        resize_labels: in evaluation resize masks as the image, and score there, as the paper's code does (a mask that vanishes
+            counts as absent); False scores at the image's own size.
         prompts_per_image: K. With 1 an epoch shows each phrase once; with more it shows each image once, with K of its phrases
             drawn anew, padded with "", and the crop is about the first of them.
         phrases_at_once: in evaluation at most so many phrases of an image make one item; null for all.
         eval_absent: in evaluation as many phrases that are not on the image are asked beside its own, with an empty mask.
-        remove_classes: leave out the training and validation phrases that name one of these classes, or a kind of it.
+        remove_classes: leave out the training and validation phrases that name one of these classes, or a kind of it. Classes
+            are Pascal's 20; pascal5i-0 to pascal5i-3 are those of a fold, zero-shot-1 to zero-shot-5 those of the first pairs.
         batch_size, eval_batch_size, num_workers, seed: see ``SegmentationData``.
     """
 
@@ -54,6 +58,7 @@ class PhraseData(SegmentationData):
         prefixes: Literal["plain", "fixed", "shuffle", "shuffle+"] = "shuffle+",
         crop: Literal["object", "none"] = "object",
         square: bool = True,
+        resize_labels: bool = False,
         prompts_per_image: int = 1,
         phrases_at_once: int | None = None,
         eval_absent: int = 0,
@@ -76,19 +81,20 @@ class PhraseData(SegmentationData):
                 raise InputError(f"{name}: got {word!r}, want one of {', '.join(known)}")
         self.supports, self.square = supports, square
         self.options = PhraseOptions(
-            image_size,
-            negatives,
-            check_negatives,
-            supports,
-            support_may_be_query,
-            PREFIXES[prefixes],
-            crop,
-            square,
-            prompts_per_image,
-            phrases_at_once,
-            eval_absent,
-            tuple(remove_classes),
-            seed,
+            image_size=image_size,
+            negatives=negatives,
+            check_negatives=check_negatives,
+            supports=supports,
+            support_may_be_query=support_may_be_query,
+            prefixes=PREFIXES[prefixes],
+            crop=crop,
+            square=square,
+            resize_labels=resize_labels,
+            prompts_per_image=prompts_per_image,
+            phrases_at_once=phrases_at_once,
+            eval_absent=eval_absent,
+            remove_classes=tuple(remove_classes),
+            seed=seed,
         )
         self._sources: dict[str, PhraseSource] = {}
 
@@ -102,4 +108,5 @@ class PhraseData(SegmentationData):
         return self._sources[split]
 
     def dataset(self, split: str) -> "PhraseDataset":
-        return PhraseDataset(self.source(split), self.options, split)
+        options = self.options if self.has_supports(split) else replace(self.options, supports=0)
+        return PhraseDataset(self.source(split), options, split)

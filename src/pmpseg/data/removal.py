@@ -19,7 +19,7 @@ from pmpseg.errors import InputError
 
 ASSETS = Path(__file__).parents[1] / "assets" / "removal"
 
-PASCAL_CLASSES = (
+PASCAL_CLASSES = (  # in the order of VOC's labels 1..20
     *("aeroplane", "bicycle", "bird", "boat", "bottle"),
     *("bus", "car", "cat", "chair", "cow"),
     *("dining table", "dog", "horse", "motorbike", "person"),
@@ -34,6 +34,8 @@ ZERO_SHOT_PAIRS = (
     ("train", "bottle"),
     ("chair", "potted plant"),
 )
+PROTOCOLS = {f"pascal5i-{fold}": names for fold, names in enumerate(PASCAL_FOLDS)}  # what a model for them is trained without
+PROTOCOLS |= {f"zero-shot-{pairs}": sum(ZERO_SHOT_PAIRS[:pairs], ()) for pairs in range(1, len(ZERO_SHOT_PAIRS) + 1)}
 # other names in use; spaces and signs do not count, so that VOC's own diningtable, pottedplant and tvmonitor are names too
 ALIASES = {"airplane": "aeroplane", "motorcycle": "motorbike", "tv": "tv monitor", "television": "tv monitor"}
 
@@ -46,7 +48,7 @@ RULES = (
 
 
 def removed(phrase: str, classes: Sequence[str]) -> bool:
-    """Whether the phrase names one of the classes. Raises InputError where a class is unknown."""
+    """Whether the phrase names one of the classes, or of a protocol's (``PROTOCOLS``). Raises InputError where one is unknown."""
     singles, starts, several, lengths = _matcher(tuple(classes))
     words = words_of(phrase)
     if not singles.isdisjoint(words):
@@ -61,7 +63,8 @@ def removal_words(class_name: str) -> list[str]:
     known = {_key(name): name for name in PASCAL_CLASSES}
     known |= {alias: known[_key(name)] for alias, name in ALIASES.items()}
     if _key(class_name) not in known:
-        raise InputError(f"class {class_name!r} has no removal list, want one of {', '.join(PASCAL_CLASSES)}")
+        known_names = ", ".join((*PASCAL_CLASSES, *PROTOCOLS))
+        raise InputError(f"class {class_name!r} has no removal list, want one of {known_names}")
     return list(_read("pascal.txt")[known[_key(class_name)]])
 
 
@@ -82,7 +85,8 @@ def _matcher(classes: tuple[str, ...]) -> tuple[frozenset[str], frozenset[str], 
 
     A dictionary of tuples, because a regular expression of a thousand alternatives tries them all at each place of each phrase.
     """
-    texts = {form for name in classes for word in removal_words(name) for form in (word, *plurals(word))}
+    names = {name for given in classes for name in PROTOCOLS.get(given, (given,))}
+    texts = {form for name in names for word in removal_words(name) for form in (word, *plurals(word))}
     found = {tuple(words_of(text)) for text in texts}
     # the plural of several words is mostly that of the last one; plurals(word) above finds the others: men-of-war
     found |= {(*words[:-1], last) for words in found if len(words) > 1 for last in plurals(words[-1])}

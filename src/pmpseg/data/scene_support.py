@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from .items import stack_supports
 from .scene_drawing import KINDS, STUFF, Scene, draw_scene
 from .scene_phrases import SMALLEST, Description, Phrase
 
@@ -49,19 +49,8 @@ class SupportPool:
 
         None has no support, nor has a phrase that the pool never shows; with fewer than S the last are missing.
         """
-        image = np.zeros((len(asked), count, self.size, self.size, 3), np.uint8)
-        mask = np.zeros(image.shape[:-1], bool)
-        valid = np.zeros((len(asked), count), bool)
-        for k, phrase in enumerate(asked):
-            if phrase is None:
-                continue
-            for s, (scene, pixels) in enumerate(self.search(phrase, count, rng)):
-                image[k, s], mask[k, s], valid[k, s] = scene.image, pixels, True
-        return {
-            "support_image": torch.from_numpy(image).permute(0, 1, 4, 2, 3).contiguous(),
-            "support_mask": torch.from_numpy(mask),
-            "support_valid": torch.from_numpy(valid),
-        }
+        found = [[] if phrase is None else self.search(phrase, count, rng) for phrase in asked]
+        return stack_supports([[(scene.image, mask) for scene, mask in pairs] for pairs in found], count, self.size)
 
 
 @lru_cache(maxsize=4)

@@ -79,6 +79,7 @@ class SceneDataset(SegmentationDataset):
     def __init__(self, data: Scenes, split: str) -> None:
         self.data, self.split = data, split
         self.seed = data.seed + _SPLIT_SEED[split]
+        self.supports = data.supports if data.has_supports(split) else 0
 
     def __len__(self) -> int:
         return self.data.lengths[self.split]
@@ -104,10 +105,10 @@ class SceneDataset(SegmentationDataset):
             "prompt_masks": torch.from_numpy(np.stack(masks)),
             "phrase_kind": [f"{ask.kind} {ask.group}" if isinstance(ask, Phrase) else "" for _, ask, _ in asked],
         }
-        if self.data.supports:
+        if self.supports:
             pool = support_pool(self.data.seed, self.data.image_size, self.split == "test")
             phrases = [class_phrase(CLASSES[ask]) if isinstance(ask, int) else ask for _, ask, _ in asked]
-            item |= pool.supports(phrases, self.data.supports, np.random.default_rng([self.seed, index, epoch, 3]))
+            item |= pool.supports(phrases, self.supports, np.random.default_rng([self.seed, index, epoch, 3]))
         return item
 
     def _num_prompts(self) -> int:
@@ -140,7 +141,6 @@ class SceneDataset(SegmentationDataset):
         asked += _as_asks(phrases)
         asked += [(CLASSES[c], int(c), int(c)) for c in absent[: max(0, size - len(asked))]]
         return [asked[i] for i in rng.permutation(len(asked))[:size]]
-
 
     def _shared_out(
         self, phrases: Sequence[Phrase | None], here: Sequence[int], absent: np.ndarray, scene: Scene, rng: np.random.Generator

@@ -14,15 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from pmpseg.data.base import IGNORE
+from pmpseg.data.removal import PASCAL_CLASSES
 from pmpseg.data.sources import read_indices
 from pmpseg.errors import InputError
 from pmpseg.images import read_image
 
-# In the order of the label values 1..20, as words; 0 is the background.
-VOC_NAMES = tuple(
-    "aeroplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,dining table,dog,horse,motorbike,person,potted plant,sheep,sofa,"
-    "train,tv monitor".split(",")
-)
+VOC_NAMES = PASCAL_CLASSES  # of the label values 1..20, as words; 0 is the background
 MASKS = ("SegmentationClassAug", "SegmentationClass")  # SBD's extended masks first, as the few-shot protocols have it
 
 

@@ -1,0 +1,29 @@
+"""The parts of an item that several data sets make alike: images as tensors, and supports."""
+
+from collections.abc import Iterable
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def chw(image: np.ndarray) -> Tensor:
+    """(H, W, 3) -> (3, H, W)."""
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+
+def stack_supports(found: Iterable[Iterable[tuple[np.ndarray, np.ndarray]]], count: int, side: int) -> dict[str, Tensor]:
+    """Images (s, s, 3) uint8 with masks (s, s) bool for each of K prompts -> support_image (K, S, 3, s, s), _mask and _valid.
+
+    The first ``count`` (S) with a mask that is not empty are taken, and no more are made: a mask may vanish in a crop, or when it
+    is made smaller, and would then show nothing, or all of the image. Where there are too few, the last are zeros and not valid.
+    """
+    rows = [list(islice((pair for pair in pairs if pair[1].any()), count)) for pairs in found]
+    image = torch.zeros(len(rows), count, 3, side, side, dtype=torch.uint8)
+    mask = torch.zeros(len(rows), count, side, side, dtype=torch.bool)
+    valid = torch.zeros(len(rows), count, dtype=torch.bool)
+    for k, row in enumerate(rows):
+        for s, (photo, pixels) in enumerate(row):
+            image[k, s], mask[k, s], valid[k, s] = chw(photo), torch.from_numpy(pixels), True
+    return {"support_image": image, "support_mask": mask, "support_valid": valid}
