@@ -103,6 +103,7 @@ def evaluate(
     threshold = segmenter.threshold if threshold is None else threshold
     form = PromptForm(prompt_form, text_weight, segmenter.embed, segmenter.showing)
     evaluator = Evaluator.of_data(data, threshold, phrase_mode, form).to(segmenter.device)
+    data.supports_in_evaluation = prompt_form != "text"
     loader = data.val_dataloader() if split == "val" else data.test_dataloader()
     for batch in tqdm(loader, desc=f"evaluate {split}", unit="batch"):
         on_device = {k: v.to(segmenter.device) if hasattr(v, "to") else v for k, v in batch.items()}

@@ -37,6 +37,7 @@ class EvaluatedModule(LightningModule):
     def setup(self, stage: str) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         self.evaluator = Evaluator.of_data(data, self.hparams["threshold"])
+        data.supports_in_evaluation = False  # validation asks by text
         if self.embedder is not None:
             self.show_as(data.image_size)
 
