@@ -125,7 +125,7 @@ def test_shipped_variants_differ_in_one_key(path):
         ({"parts": tuned(**{"model.clop": "{tuned}/model"})}, "deep: unknown key 'model.clop'"),
         ({"parts": tuned(**{"data.seed": 100})}, "deep.options: data.seed is set .*or give a part.s as"),
         ({"parts": TUNED | {"tuned": {"options": {"model.clip": "{deep}/model"}}}}, "each needs the next"),
-        ({"asked": "together"}, "asked: got 'together', want one of alone, mixed"),
+        ({"asked": "together"}, "asked: got 'together', want one of alone, forms, mixed"),
         ({"base": {"configs": ["conf/pmp_scene.yaml"]}}, "no configuration .*did you mean 'conf/pmp_scenes.yaml'"),
     ],
 )
