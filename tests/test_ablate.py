@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -630,6 +631,14 @@ def test_forms_of_a_network_of_words_and_of_data_without_examples():
     data.supports = 0
     with pytest.raises(InputError, match=r"set data\.supports"):
         score_forms(segmenter, data)
+
+
+def test_steps_with_examples_are_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "step_seconds", partial(step_seconds, repeat=1, warm_up=0))
+    names = {"clipseg", "clip_deconv", "pmp"}
+    ablate.time_steps(ablate.build(Ablation.read(CONF / "ablation" / "clipseg_models.yaml"), names), tmp_path)
+    spent = json.loads((tmp_path / "step_seconds.json").read_text())
+    assert spent.keys() == names and all(value > 0 for value in spent.values())
 
 
 def test_a_variant_may_be_another_kind_of_run(tmp_path):

@@ -161,6 +161,8 @@ def time_steps(built: dict[str, Any], out: Path) -> None:
     print(f"timing a step of {', '.join(built)} in turns", file=sys.stderr)
     for one in built.values():
         one.datamodule.num_workers = 0
+        if getattr(one.model, "embedder", None) is not None:
+            one.model.show_as(one.datamodule.image_size)  # as a trainer's setup does
     seconds = step_seconds({name: (one.model, next(iter(one.datamodule.train_dataloader()))) for name, one in built.items()})
     with cli.whole_file(out / "step_seconds.json") as temporary:
         temporary.write_text(json.dumps(seconds, indent=1) + "\n")
