@@ -70,7 +70,7 @@ FAULTS = {
     "a prompt's shift has the wrong sign": ("models/clipseg.py", "first[:, None] + shift", "first[:, None] - shift", "test_clipseg.py"),
     "text and example change places": ("supports.py", "weight * prompts.pooled + (1 - weight) *", "(1 - weight) * prompts.pooled + weight *", "test_clipseg.py"),
     "a tile's rows and columns are swapped": ("models/light_decoder.py", "bchw,coij->bohiwj", "bchw,coji->bohiwj", "test_clipseg.py"),
-    "texts stand in for missing examples": ("evaluation.py", 'having = [k for k in asked if batch["support_valid"][i, k].any()]', "having = asked", "test_protocols.py"),
+    "texts stand in for missing examples": ("evaluation.py", 'having = [k for k in asked if batch["support_valid"][i, k].any()]', "having = asked", "test_protocols.py::test_one_shot_from_yaml_to_numbers"),
     "masks lose what is counted out": ("training/clipseg.py", "(each * counted).sum()", "each.sum()", "test_clipseg_training.py"),
     "an opaque mask is all object": ("image_prompts.py", "if alpha.min() < 255:", "if True:", "test_image_prompts.py"),
     "a palette's numbers are a mask": ("image_prompts.py", 'picture.mode not in ("1", "L", "F")', 'picture.mode not in ("1", "L", "F", "P")', "test_image_prompts.py"),
