@@ -8,6 +8,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 
+from pmpseg.data.base import IGNORE
 from pmpseg.errors import InputError
 from pmpseg.evaluation import Evaluator, numbers, table
 from pmpseg.models.clip import TextEncoder
@@ -103,6 +104,12 @@ def prompt_targets(batch: dict[str, Any]) -> Tensor:
     if "prompt_masks" in batch:
         return batch["prompt_masks"]
     return batch["labels"][:, None] == batch["prompt_class"][..., None, None]
+
+
+def counted_pixels(batch: dict[str, Any]) -> Tensor:
+    """The pixels that a loss looks at, (B, H, W) bool: the labelled ones; or all, where prompts bring their own masks, since
+    what is outside of these is known not to be meant."""
+    return torch.ones_like(batch["prompt_masks"][:, 0]) if "prompt_masks" in batch else batch["labels"] != IGNORE
 
 
 def cosine(steps: int, warmup: int, lowest: float = 0.0) -> Callable[[int], float]:

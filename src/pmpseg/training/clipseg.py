@@ -11,14 +11,13 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
-from pmpseg.data.base import IGNORE
 from pmpseg.errors import InputError
 from pmpseg.hub import TINY_CLIP, shipped_or
 from pmpseg.losses import mean_over_ranks
 from pmpseg.models.clip import TextEncoder
 from pmpseg.models.clipseg import CLIPSeg
 
-from .base import EvaluatedModule, check_prompting, cosine, parameter_groups, prompt_targets
+from .base import EvaluatedModule, check_prompting, cosine, counted_pixels, parameter_groups, prompt_targets
 
 
 class CLIPSegModule(EvaluatedModule):
@@ -155,8 +154,7 @@ class CLIPSegModule(EvaluatedModule):
         prompts = self.prompts_of(batch)
         logits = self.network(batch["image"].float() / 255, prompts)
         masks = prompt_targets(batch)
-        counted = torch.ones_like(masks[:, 0]) if "prompt_masks" in batch else batch["labels"] != IGNORE
-        loss = mask_loss(logits, masks, counted[:, None] & prompts.valid[..., None, None])
+        loss = mask_loss(logits, masks, counted_pixels(batch)[:, None] & prompts.valid[..., None, None])
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(masks))
         return loss
 

@@ -7,7 +7,6 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
-from pmpseg.data.base import IGNORE
 from pmpseg.errors import InputError
 from pmpseg.hub import shipped_or
 from pmpseg.losses import SetLoss
@@ -16,7 +15,7 @@ from pmpseg.models.clip import TextEncoder
 from pmpseg.models.pmp import PMP
 from pmpseg.models.token_towers import build_token_backbone
 
-from .base import EvaluatedModule, check_prompting, cosine, parameter_groups, prompt_targets
+from .base import EvaluatedModule, check_prompting, cosine, counted_pixels, parameter_groups, prompt_targets
 
 
 class PMPModule(EvaluatedModule):
@@ -176,8 +175,7 @@ class PMPModule(EvaluatedModule):
         present = prompts.valid & masks.flatten(2).any(-1)
         asked = keep_few(prompts.valid, present, self.hparams["few_prompts"])
         prediction = self.network(batch["image"].float() / 255, replace(prompts, valid=asked))
-        # Where prompts bring their own masks, what is outside is known not to be meant, labelled or not.
-        counted = torch.ones_like(masks[:, 0]) if "prompt_masks" in batch else batch["labels"] != IGNORE
+        counted = counted_pixels(batch)
         # The network's masks cover the padded image.
         masks, counted = pad_to(masks, self.network.pad), pad_to(counted, self.network.pad)
         losses = self.loss(prediction, masks, present & asked, counted, prompts.valid)
