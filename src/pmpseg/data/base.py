@@ -1,10 +1,14 @@
 """What every data set shares: its items and batches, prompts for training, samplers, and the DataModule.
 
-An item is a dict: image (3, H, W) uint8, labels (H, W) int64 with 255 = ignore, name str, index int, prompts
-(a list of K strings, "" = padding), prompt_class (K,) int64 (-1 where a prompt is no class), and, where
+An item is a dict: image (3, H, W) uint8, labels (H, W) int64 with 255 (the data's ``ignore_index``) = ignore, name str, index
+int, prompts (a list of K strings, "" = padding), prompt_class (K,) int64 (-1 where a prompt is no class), and, where
 prompts are phrases or classes that overlap, prompt_masks (K, H, W) bool and phrase_kind (K strings), perhaps
 phrase_class (K,) int64. In evaluation labels and prompt_masks may be larger than the image: answers are scored
-at the image's own size.
+at the image's own size. Where an evaluation looks at several scales, ``scaled`` is a list of the image at each of them.
+
+Where objects are told apart, an item of training has segments (H, W) int64, the number 0..N-1 of each pixel's segment or -1, and
+segment_prompt (N,) int64, the place in ``prompts`` of each one's prompt, -1 where that is not asked. They become N masks on the
+device.
 
 With visual support an item also has, for each prompt, S other images of one size that show it: support_image
 (K, S, 3, h, w) uint8, support_mask (K, S, h, w) bool, and support_valid (K, S) bool, False where there is none
@@ -41,10 +45,15 @@ class SegmentationData(LightningDataModule):
 
     ``supports_in_evaluation``: whether items of val and test come with visual support, where the data has it; set it to False
     before the loader is made where only texts are asked, since each support is one more image to read.
+
+    ``eval_scales``: at how many times ``image_size`` an evaluation looks at each image; set before the loader is made.
+    ``ignore_index``: the label of pixels that count nowhere; 255 leaves no room for 847 classes.
     """
 
     vocabulary: Vocabulary
     supports_in_evaluation: bool = True
+    eval_scales: tuple[float, ...] = (1.0,)
+    ignore_index: int = IGNORE
 
     def __init__(
         self,
@@ -184,8 +193,9 @@ class UnpaddedSampler(DistributedSampler):
 
 def collate(samples: list[dict]) -> dict:
     """B items -> image (B, 3, H, W), labels (B, H, W), index (B,), prompt_class (B, K) and, where the items
-    have them, prompt_masks (B, K, H, W), phrase_class (B, K), support_image (B, K, S, 3, h, w), support_mask and
-    support_valid as tensors; name, prompts and phrase_kind as lists of B. K is the most that an item has: others are padded
+    have them, prompt_masks (B, K, H, W), phrase_class (B, K), segments (B, H, W), segment_prompt (B, N), support_image
+    (B, K, S, 3, h, w), support_mask and support_valid as tensors, scaled as a list of tensors; name, prompts and phrase_kind as
+    lists of B. K is the most that an item has: others are padded
     with prompts "", classes -1, and zeros.
     """
     for key in ("image", "labels"):
@@ -194,11 +204,14 @@ def collate(samples: list[dict]) -> dict:
             raise InputError(
                 f"{key} of {shapes[0]} and {shapes[1]} pixels make no batch: set eval_batch_size to 1"
             )
-    keys = ("image", "labels", "prompt_class", "prompt_masks", "phrase_class", "support_image", "support_mask", "support_valid")
+    keys = ["image", "labels", "prompt_class", "prompt_masks", "phrase_class", "segments", "segment_prompt"]
+    keys += ["support_image", "support_mask", "support_valid"]
     batch: dict = {"name": [sample["name"] for sample in samples], "index": torch.tensor([sample["index"] for sample in samples])}
     for key in (key for key in keys if key in samples[0]):
         rows = [torch.as_tensor(sample[key]) for sample in samples]
-        batch[key] = pad_sequence(rows, batch_first=True, padding_value=-1 if key.endswith("_class") else 0)
+        batch[key] = pad_sequence(rows, batch_first=True, padding_value=-1 if key.endswith(("_class", "segment_prompt")) else 0)
+    if "scaled" in samples[0]:
+        batch["scaled"] = [torch.stack(images) for images in zip(*(sample["scaled"] for sample in samples), strict=True)]
     count = max(len(sample["prompts"]) for sample in samples)
     for key in (key for key in ("prompts", "phrase_kind") if key in samples[0]):
         batch[key] = [sample[key] + [""] * (count - len(sample[key])) for sample in samples]
@@ -227,11 +240,6 @@ def choose_prompts(
     prompts = [str(rng.choice(vocabulary.synonyms[index])) for index in chosen]
     padding = size - len(chosen)
     return prompts + [""] * padding, np.concatenate([chosen, np.full(padding, -1)]).astype(np.int64)
-
-
-def all_prompts(vocabulary: Vocabulary) -> tuple[list[str], np.ndarray]:
-    """Prompts of evaluation: the names of all classes, unseen too: the list tells nothing of the image."""
-    return list(vocabulary.names), np.arange(len(vocabulary))
 
 
 def ignore_unseen(labels: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:

@@ -19,11 +19,10 @@ from pmpseg.data.base import (
     IGNORE,
     SegmentationData,
     SegmentationDataset,
-    all_prompts,
     choose_prompts,
     ignore_unseen,
 )
-from pmpseg.data.items import chw
+from pmpseg.data.items import class_list_item
 from pmpseg.data.sources import CocoInstances, MaskFolder, read_instances
 from pmpseg.data.transforms import eval_transform, train_transform
 from pmpseg.errors import InputError
@@ -119,7 +118,7 @@ class FolderData(SegmentationData):
         if split == "train":
             transform = train_transform(self.crop_size, self.scale, self.flip, self.colour)
         else:
-            transform = eval_transform(self.image_size, self.resize_labels)
+            transform = eval_transform(self.image_size, self.resize_labels, scales=self.eval_scales)
         return FolderDataset(source, indices, transform, split == "train", self)
 
 
@@ -154,21 +153,15 @@ class FolderDataset(SegmentationDataset):
             prompts, prompt_class = choose_prompts(_present(sample), self.vocabulary, self.num_prompts, rng)
         else:
             sample = self.transform(sample)
-            prompts, prompt_class = all_prompts(self.vocabulary)
-        item = {
-            "image": chw(sample["image"]),
-            "labels": torch.from_numpy(sample["labels"].astype(np.int64)),
-            "name": self.source.files[self.indices[index]].name,
-            "index": index,
-            "prompts": prompts,
-            "prompt_class": torch.from_numpy(prompt_class),
-        }
+        item = class_list_item(sample, self.vocabulary, self.source.files[self.indices[index]].name, index)
+        if self.train:
+            item |= {"prompts": prompts, "prompt_class": torch.from_numpy(prompt_class)}
         if "masks" in sample:
-            masks = np.zeros((len(prompts), *sample["masks"].shape[1:]), dtype=bool)
+            masks = np.zeros((len(item["prompts"]), *sample["masks"].shape[1:]), dtype=bool)
             for mask, label in zip(sample["masks"], sample["classes"], strict=True):
-                masks[prompt_class == label] = mask
+                masks[item["prompt_class"].numpy() == label] = mask
             item["prompt_masks"] = torch.from_numpy(masks)
-            item["phrase_kind"] = ["class" if prompt else "" for prompt in prompts]
+            item["phrase_kind"] = ["class" if prompt else "" for prompt in item["prompts"]]
         return item
 
 

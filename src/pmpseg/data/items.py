@@ -1,4 +1,4 @@
-"""The parts of an item that several data sets make alike: images as tensors, and supports."""
+"""The parts of an item that several data sets make alike: images as tensors, items of a class list, and supports."""
 
 from collections.abc import Iterable
 from itertools import islice
@@ -7,10 +7,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pmpseg.vocabulary import Vocabulary
+
 
 def chw(image: np.ndarray) -> Tensor:
     """(H, W, 3) -> (3, H, W)."""
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+
+def class_list_item(sample: dict, vocabulary: Vocabulary, name: str, index: int) -> dict:
+    """An item of evaluation that asks for all classes, unseen ones too: the list tells nothing of the image.
+
+    ``sample``: image (H, W, 3) uint8, labels (H, W), perhaps ``scaled``, what ``eval_transform`` makes of several scales.
+    """
+    item = {
+        "image": chw(sample["image"]),
+        "labels": torch.from_numpy(sample["labels"].astype(np.int64)),
+        "name": name,
+        "index": index,
+        "prompts": list(vocabulary.names),
+        "prompt_class": torch.arange(len(vocabulary)),
+    }
+    if "scaled" in sample:
+        item["scaled"] = [chw(image) for image in sample["scaled"]]
+    return item
 
 
 def stack_supports(found: Iterable[Iterable[tuple[np.ndarray, np.ndarray]]], count: int, side: int) -> dict[str, Tensor]:

@@ -4,11 +4,8 @@ Source: Lueddecke and Ecker 2022, section 5.2, and its code on JoEm's data set (
 ZS3Net's, in its order.
 """
 
-import numpy as np
-import torch
-
-from pmpseg.data.base import SegmentationData, SegmentationDataset, all_prompts
-from pmpseg.data.items import chw
+from pmpseg.data.base import SegmentationData, SegmentationDataset
+from pmpseg.data.items import class_list_item
 from pmpseg.data.removal import ZERO_SHOT_PAIRS
 from pmpseg.data.transforms import eval_transform, square_transform
 from pmpseg.data.voc import VOC_NAMES, VocImages
@@ -70,9 +67,7 @@ class PascalZeroShot(SegmentationData):
         self.vocabulary = Vocabulary.of(["background", *names], unseen)
         self.class_factors = {} if background_factor == 1 else {0: background_factor}
         self.source = VocImages(root, images, masks)
-        self.transform = (
-            square_transform(image_size, False, resize_labels) if square else eval_transform(image_size, resize_labels)
-        )
+        self.square, self.resize_labels = square, resize_labels
 
     def dataset(self, split: str) -> "PascalDataset":
         if split == "train":
@@ -84,19 +79,13 @@ class PascalDataset(SegmentationDataset):
     """Images of VOC with all classes as prompts."""
 
     def __init__(self, data: PascalZeroShot) -> None:
-        self.source, self.transform, self.vocabulary = data.source, data.transform, data.vocabulary
+        self.source, self.vocabulary = data.source, data.vocabulary
+        resized = square_transform if data.square else eval_transform
+        self.transform = resized(data.image_size, resize_labels=data.resize_labels, scales=data.eval_scales)
 
     def __len__(self) -> int:
         return len(self.source)
 
     def item(self, index: int, epoch: int) -> dict:
         sample = self.transform(self.source.read(index))
-        prompts, prompt_class = all_prompts(self.vocabulary)
-        return {
-            "image": chw(sample["image"]),
-            "labels": torch.from_numpy(sample["labels"].astype(np.int64)),
-            "name": self.source.files[index].name,
-            "index": index,
-            "prompts": prompts,
-            "prompt_class": torch.from_numpy(prompt_class),
-        }
+        return class_list_item(sample, self.vocabulary, self.source.files[index].name, index)

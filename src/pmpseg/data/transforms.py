@@ -55,21 +55,27 @@ def train_transform(
     return _Augmentation(A.Compose(steps))
 
 
-def eval_transform(size: int, resize_labels: bool = False) -> Callable[[dict], dict]:
-    """Resize the image so that its short side is ``size``; the aspect stays.
+def eval_transform(
+    size: int, resize_labels: bool = False, max_size: int | None = None, scales: Sequence[float] = (1.0,)
+) -> Callable[[dict], dict]:
+    """Resize the image so that its short side is ``size``, or its long one ``max_size`` where that is less; the aspect stays.
 
-    Labels and masks keep the image's own size, at which answers are scored, unless ``resize_labels``.
+    Labels and masks keep the image's own size, at which answers are scored, unless ``resize_labels``. With other ``scales`` than
+    1 the sample also has ``scaled``, a list: the image at so many times that size, each made from the original.
     """
-    return partial(_eval, size=size, resize_labels=resize_labels)  # a closure could not be sent to a worker
+    # a closure could not be sent to a worker
+    return partial(_eval, size=size, resize_labels=resize_labels, max_size=max_size, scales=tuple(scales))
 
 
-def square_transform(size: int, pad: bool = False, resize_labels: bool = False) -> Callable[[dict], dict]:
+def square_transform(
+    size: int, pad: bool = False, resize_labels: bool = False, scales: Sequence[float] = (1.0,)
+) -> Callable[[dict], dict]:
     """Resize the image to ``size`` x ``size``: squashed, or with ``pad`` its long side, and black below or to the right.
 
     Labels and masks keep the image's own size unless ``resize_labels``; with ``pad`` they are padded to a square, too, with 255
-    and False, so that they still show what the image shows.
+    and False, so that they still show what the image shows. ``scales`` as in ``eval_transform``.
     """
-    return partial(_square, size=size, pad=pad, resize_labels=resize_labels)
+    return partial(_square, size=size, pad=pad, resize_labels=resize_labels, scales=tuple(scales))
 
 
 class _Augmentation:
@@ -98,30 +104,43 @@ class _Augmentation:
         return result
 
 
-def _eval(sample: dict, size: int, resize_labels: bool) -> dict:
+def _eval(sample: dict, size: int, resize_labels: bool, max_size: int | None, scales: tuple[float, ...]) -> dict:
     height, width = sample["image"].shape[:2]
     factor = size / min(height, width)
-    shape = (round(height * factor), round(width * factor))
-    result = {**sample, "image": resize(sample["image"], shape)}
+    if max_size is not None:
+        factor = min(factor, max_size / max(height, width))
+
+    def at(scale: float) -> np.ndarray:
+        return resize(sample["image"], (max(1, round(height * factor * scale)), max(1, round(width * factor * scale))))
+
+    result = {**sample, "image": at(1), **_scaled(at, scales)}
     if resize_labels:
+        shape = result["image"].shape[:2]
         result |= {key: nearest(sample[key], shape) for key in ("labels", "masks") if key in sample}
     return result
 
 
-def _square(sample: dict, size: int, pad: bool, resize_labels: bool) -> dict:
+def _square(sample: dict, size: int, pad: bool, resize_labels: bool, scales: tuple[float, ...]) -> dict:
     height, width = sample["image"].shape[:2]
-    shape = (size, size)
+    long = max(height, width)
+
+    def at(scale: float) -> np.ndarray:
+        side = max(1, round(size * scale))
+        if not pad:
+            return resize(sample["image"], (side, side))
+        shape = (max(1, round(height * side / long)), max(1, round(width * side / long)))
+        return np.pad(resize(sample["image"], shape), ((0, side - shape[0]), (0, side - shape[1]), (0, 0)))
+
+    result = {**sample, "image": at(1), **_scaled(at, scales)}
     if pad:
-        long = max(height, width)
-        shape = (max(1, round(height * size / long)), max(1, round(width * size / long)))
-        sample = sample | {key: _pad(sample[key], long, fill) for key, fill in (("labels", 255), ("masks", 0)) if key in sample}
-    image = resize(sample["image"], shape)
-    if pad:
-        image = np.pad(image, ((0, size - shape[0]), (0, size - shape[1]), (0, 0)))
-    result = {**sample, "image": image}
+        result |= {key: _pad(sample[key], long, fill) for key, fill in (("labels", 255), ("masks", 0)) if key in sample}
     if resize_labels:
-        result |= {key: nearest(sample[key], (size, size)) for key in ("labels", "masks") if key in sample}
+        result |= {key: nearest(result[key], (size, size)) for key in ("labels", "masks") if key in result}
     return result
+
+
+def _scaled(at: Callable[[float], np.ndarray], scales: tuple[float, ...]) -> dict:
+    return {} if scales == (1.0,) else {"scaled": [at(scale) for scale in scales]}
 
 
 def _pad(labels: np.ndarray, side: int, fill: int) -> np.ndarray:
