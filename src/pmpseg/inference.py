@@ -7,7 +7,7 @@ Letters: B images, Q queries, K prompts, (h, w) the mask logits' size. ``image_s
 ``size`` that of the answer, the image's own before it was resized; the same where it is left out.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -68,41 +68,45 @@ def semantic_labels(
     ``post_process_semantic_segmentation`` does. ``factors``: of the scores of some classes.
     """
     if isinstance(prediction, PixelPrediction):
-        return _labels_by_pixel(prediction.logits, image_size, size, chunk, factors or {})
+        logits = prediction.logits
+        weights = as_factors(factors or {}, logits.shape[1], logits)
+
+        def by_pixel(some: slice) -> Tensor:
+            return upsample(logits[:, some].sigmoid(), image_size, size, 1) * weights[some, None, None]
+
+        return best_of_chunks(by_pixel, logits.shape[1], chunk)
     probabilities = prediction.probabilities()  # (B, Q, K)
+    count = probabilities.shape[-1]
     if factors:
-        probabilities = probabilities * _as_tensor(factors, probabilities)
+        probabilities = probabilities * as_factors(factors, count, probabilities)
     if transformers:
         masks = by_way_of_transformers(prediction.mask_logits).sigmoid()
     else:
         masks = upsample(prediction.mask_logits, image_size, size).sigmoid()
-    best = masks.new_full((len(masks), *(size or image_size)), -1.0)
-    labels = torch.zeros_like(best, dtype=torch.long)
-    for start in range(0, probabilities.shape[-1], chunk):
-        scores = torch.einsum("bqk,bqhw->bkhw", probabilities[..., start : start + chunk], masks)
-        if transformers:
-            scores = F.interpolate(scores, best.shape[-2:], mode="bilinear", align_corners=False)
-        top, index = scores.max(1)
-        labels = torch.where(top > best, index + start, labels)
-        best = torch.maximum(top, best)
+
+    def by_query(some: slice) -> Tensor:
+        scores = torch.einsum("bqk,bqhw->bkhw", probabilities[..., some], masks)
+        return F.interpolate(scores, size or image_size, mode="bilinear", align_corners=False) if transformers else scores
+
+    return best_of_chunks(by_query, count, chunk)
+
+
+def best_of_chunks(scores: Callable[[slice], Tensor], count: int, chunk: int) -> Tensor:
+    """The class of the highest score for every pixel, (B, H, W) int64; the first of equals.
+
+    ``scores`` gives (B, k, H, W) >= 0 of some of the ``count`` classes; ``chunk`` of them are looked at together.
+    """
+    top, labels = scores(slice(0, chunk)).max(1)
+    for start in range(chunk, count, chunk):
+        best, index = scores(slice(start, start + chunk)).max(1)
+        labels = torch.where(best > top, index + start, labels)
+        top = torch.maximum(top, best)
     return labels
 
 
-def _labels_by_pixel(logits: Tensor, image_size: Size, size: Size | None, chunk: int, factors: Mapping[int, float]) -> Tensor:
-    best = logits.new_full((len(logits), *(size or image_size)), -1.0)
-    labels, weights = torch.zeros_like(best, dtype=torch.long), _as_tensor(factors, logits[0, :, 0, 0])
-    for start in range(0, logits.shape[1], chunk):
-        some = slice(start, start + chunk)
-        scores = upsample(logits[:, some].sigmoid(), image_size, size, 1) * weights[some, None, None]
-        top, index = scores.max(1)
-        labels = torch.where(top > best, index + start, labels)
-        best = torch.maximum(top, best)
-    return labels
-
-
-def _as_tensor(factors: Mapping[int, float], like: Tensor) -> Tensor:
-    """One number a class, (K,) on the device of ``like`` (..., K)."""
-    return like.new_tensor([factors.get(k, 1.0) for k in range(like.shape[-1])])
+def as_factors(factors: Mapping[int, float], count: int, like: Tensor) -> Tensor:
+    """One number a class, (K,), 1 where nothing is said; of the type and on the device of ``like``."""
+    return like.new_tensor([factors.get(k, 1.0) for k in range(count)])
 
 
 def soft_masks(prediction: Answer) -> tuple[Tensor, Tensor]:
