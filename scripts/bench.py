@@ -19,8 +19,10 @@ from functools import partial
 
 import torch
 from bench_clipseg import clipseg, clipseg_gpu, clipseg_parity
-from bench_common import forget_peak, in_turns, peak_gib, show
+from bench_common import in_turns, show
 from torch.profiler import ProfilerActivity, profile
+
+from pmpseg.usage import forget_peak, peak_gib
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mkldnn_convolution", "_slow_conv2d_forward", "thnn_conv2d", "cudnn_convolution")
 STAGES = ["stage1", "stage2", "stage3", "stage4"]

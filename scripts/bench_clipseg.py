@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_common import forget_peak, in_turns, peak_gib, show
+from bench_common import in_turns, show
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,6 +31,7 @@ from pmpseg import ImagePrompt, Segmenter
 from pmpseg.models import CLIPSeg
 from pmpseg.models.hf import quiet
 from pmpseg.supports import Showing
+from pmpseg.usage import forget_peak, peak_gib
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MOST_COPIES, MOST_COPIES_GPU = 16, 128  # of an image, that transformers gets at once

@@ -1,8 +1,7 @@
-"""What the benchmarks share: sides run in turns, how they are printed, the peak of a process."""
+"""What the benchmarks share: sides run in turns, and how they are printed."""
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -29,14 +28,3 @@ def show(title: str, seconds: dict[str, float], first: str | None = None, unit: 
     print(f"\n{title}")
     for name, spent in seconds.items():
         print(f"  {name:44}{spent / unit:9.3f} s   {reference / spent:6.2f}x", flush=True)
-
-
-def forget_peak() -> float:
-    """The peak so far is forgotten (Linux). Returns what is resident now, in GiB."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return peak_gib()
-
-
-def peak_gib() -> float:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 2**20

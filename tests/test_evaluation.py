@@ -6,17 +6,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pmpseg import evaluate, segmenter
+from pmpseg import evaluate, evaluate_options, segmenter
 from pmpseg.errors import InputError
-from pmpseg.evaluation import Evaluator, as_json, best_threshold, numbers, table
+from pmpseg.evaluation import Evaluator, as_json, best_threshold, numbers
 from pmpseg.models import PMP, Prompts
+from pmpseg.report import table
 from pmpseg.vocabulary import Vocabulary
 
 
-class Words:
+class Words(torch.nn.Module):
     """A text side that gives every phrase its own random embedding."""
 
     def __init__(self):
+        super().__init__()
         self.known = {"": torch.zeros(12)}
 
     def encode_batch(self, prompts):
@@ -39,6 +41,7 @@ def network():
 def batch(size=(64, 64), count=3, phrases=True):
     g = torch.Generator().manual_seed(1)
     made = {
+        "name": [f"{n}.jpg" for n in range(count)],
         "image": torch.randint(0, 256, (count, 3, 64, 64), generator=g, dtype=torch.uint8),
         "labels": torch.randint(0, 3, (count, *size), generator=g),
         "prompts": [["a", "b", ""]] * count,
@@ -165,10 +168,10 @@ def command(network, tmp_path, monkeypatch):
     (tmp_path / "run" / "model" / "config.json").write_text("{}")
     spec = {"class_path": "pmpseg.data.Scenes", "init_args": {}}
     cpu = torch.device("cpu")
-    model = SimpleNamespace(network=network, text=Words(), threshold=0.25, device=cpu, data=spec, region=None)
+    model = SimpleNamespace(network=network, text=Words(), threshold=0.25, device=cpu, data=spec, region=None, square=False)
     model.embed = model.showing = None
     vocabulary, kinds = Vocabulary.of(["x", "y", "z", "never"], unseen=[2]), ("thing", "part", "seen", "word")
-    data = SimpleNamespace(vocabulary=vocabulary, phrase_kinds=kinds, test_dataloader=lambda: [batch()])
+    data = SimpleNamespace(vocabulary=vocabulary, phrase_kinds=kinds, test_dataloader=lambda: [batch()], ignore_index=255)
     monkeypatch.setattr(segmenter.Segmenter, "load", lambda folder, device: model)
     monkeypatch.setattr(evaluate, "build_data", lambda spec: data)
     monkeypatch.chdir(tmp_path)
@@ -193,7 +196,7 @@ def test_what_evaluate_saves(command, tmp_path):
 
 
 def test_what_comes_from_the_hub_is_saved_here(command, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "model_folder", lambda name: tmp_path / "cache" / "model")
+    monkeypatch.setattr(evaluate_options, "model_folder", lambda name: tmp_path / "cache" / "model")
     evaluate.main(["owner/name", "--device", "cpu"])
     assert (tmp_path / "metrics_test.json").is_file()
 

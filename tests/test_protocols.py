@@ -16,8 +16,9 @@ from pmpseg import evaluate
 from pmpseg.data import Pascal5i, PascalZeroShot, PhraseCut
 from pmpseg.data.base import collate
 from pmpseg.errors import InputError
-from pmpseg.evaluation import Evaluator, numbers, table
+from pmpseg.evaluation import Evaluator, numbers
 from pmpseg.models import PMP
+from pmpseg.report import table
 from pmpseg.segmenter import Segmenter
 from pmpseg.supports import PromptForm, Showing
 from pmpseg.visual_prompts import visual_prompt

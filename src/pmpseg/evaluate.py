@@ -1,88 +1,65 @@
-"""Evaluate: ``python -m pmpseg.evaluate MODEL [-c conf/NAME.yaml]`` prints and saves the metrics of a model folder.
+"""Evaluate: ``python -m pmpseg.evaluate MODEL`` prints and saves the metrics of a model, folder or hub id.
 
-Of the config only its data counts; without one it is the data that the model was trained with.
+On its own data; on that of a config (``-c conf/NAME.yaml``, of which only the data counts); or on the benchmarks of
+open-vocabulary segmentation (``--benchmark all``), with the row of a paper's table. What the scores depend on is saved with them.
 """
 
-import argparse
 import json
+from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from pmpseg import cli
 from pmpseg.config import Schema, find_class
 from pmpseg.errors import InputError
-from pmpseg.hub import model_folder
-from pmpseg.predict import check_threshold, choose_device
+from pmpseg.evaluate_options import check, parser, views_of
+from pmpseg.predict import choose_device
+from pmpseg.processes import launch, launched, together
+
+PACKAGES = ("pmpseg", "torch", "transformers", "timm", "torchmetrics")  # on which scores may depend
 
 
-def main(args: Sequence[str] | None = None) -> dict[str, float]:
-    """Evaluates as the command line (or ``args``) says and returns the single numbers."""
-    parser = argparse.ArgumentParser(prog="python -m pmpseg.evaluate", description="Score a model on a data set.")
-    parser.add_argument("model", help="model folder (RUN/model) or hub id")
-    parser.add_argument("-c", "--config", help="YAML whose 'data' is used; default: what the model was trained with")
-    parser.add_argument("--split", default="test", choices=("val", "test"), help="default: test")
-    parser.add_argument(
-        "--phrase-mode",
-        default="alone",
-        choices=("alone", "mixed", "own"),
-        help="how an image's phrases are asked: each alone (default), all with absent ones, or only those that are there, which "
-        "leaks the truth; prompts that are the whole class list are asked together in any mode",
-    )
-    parser.add_argument(
-        "--prompt-form",
-        default="text",
-        choices=("text", "image", "mixed"),
-        help="what phrases are asked with: their words (default), the data's support images of them, or both; of data that has "
-        "such images (shots of Pascal5i and Coco20i, supports of PhraseCut and Scenes), and a model that takes them",
-    )
-    parser.add_argument("--text-weight", type=float, help="of the words in a mixed prompt, 0 to 1; default: 0.5")
-    parser.add_argument("--threshold", type=float, help="of scores, from 0 to below 1; default: the model's own")
-    parser.add_argument("--region", help="second stage: a region model (of training/region.py), or a CLIP folder or hub id")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is one")
-    parser.add_argument("--out", type=Path, help="JSON file; default: metrics_SPLIT.json beside the model folder")
-    options = parser.parse_args(args)
-    check_threshold(options.threshold)
-    if options.text_weight is not None and options.prompt_form != "mixed":
-        raise InputError("--text-weight is for mixed prompts: add --prompt-form mixed, or leave it out")
-    text_weight = 0.5 if options.text_weight is None else options.text_weight
-    if not 0 <= text_weight <= 1:
-        raise InputError(f"--text-weight: got {text_weight:g}, want 0 (examples only) to 1 (words only)")
-    if options.region and options.prompt_form != "text":
-        raise InputError("a second stage names masks by words only: ask with --prompt-form text, or leave --region out")
-    folder = model_folder(options.model)
-    beside = folder.parent if Path(options.model).is_dir() else Path()  # and not in the hub's cache
-    out = options.out or beside / f"metrics_{options.split}.json"
-    if out.is_dir():
-        raise InputError(f"--out {out} is a folder: give a file, as in {out / 'metrics.json'}")
-    out.parent.mkdir(parents=True, exist_ok=True)
+def main(args: Sequence[str] | None = None) -> dict[str, Any]:
+    """Evaluates as the command line (or ``args``) says and returns the single numbers, of several benchmarks by their names."""
+    options = parser().parse_args(args)
+    folder, benchmarks = check(options)
+    if options.devices > 1 and not launched():
+        import sys
 
-    from pmpseg.evaluation import as_json, numbers, table
-    from pmpseg.segmenter import Segmenter
+        launch("pmpseg.evaluate", sys.argv[1:] if args is None else args, options.devices)
+        if not benchmarks:
+            return _numbers_of(options.out)
+        return {name: _numbers_of(options.out / f"{name}.json") for name in benchmarks}
 
-    segmenter = Segmenter.load(folder, choose_device(options.device))
-    if options.region:
-        from pmpseg.region_stage import RegionStage
+    with together(choose_device(options.device)) as (rank, device):
+        segmenter = _load(options, folder, device)
+        if not benchmarks:
+            spec = read_data(options.config) if options.config else own_data(segmenter.data, options.model)
+            data = build_data(spec)
+            scores = _evaluate(options, segmenter, data, rank, options.save_labels)
+            return _report(options, segmenter, data, scores, {"data": spec}, options.out, rank)
+        from pmpseg.report import rows
 
-        segmenter.region = RegionStage.load(options.region).to(segmenter.device)
-    spec = read_data(options.config) if options.config else own_data(segmenter.data, options.model)
-    data = build_data(spec)
-    forms = (options.prompt_form, text_weight)
-    scores = evaluate(segmenter, data, options.split, options.threshold, options.phrase_mode, *forms)
-    print(table(scores, data.vocabulary))
-    asked = {"model": str(options.model), "region": options.region, "split": options.split}
-    asked |= {"phrase_mode": options.phrase_mode, "prompt_form": options.prompt_form, "data": spec}
-    if options.prompt_form == "mixed":
-        asked["text_weight"] = text_weight
-    by_class = {}
-    if "iou" in scores:
-        by_class = {"iou": dict(zip(data.vocabulary.names, scores["iou"].reshape(-1).tolist(), strict=True))}
-    with cli.whole_file(out) as temporary:
-        temporary.write_text(json.dumps(asked | as_json(scores | by_class), indent=1) + "\n")
-    if scores.get("phrase_n_without_support"):
-        print(f"\n{scores['phrase_n_without_support']} phrases have no support image and were left out")
-    print(f"\nsaved: {out}")
-    return numbers(scores)
+        found, of_name = {}, {}
+        for name, benchmark in benchmarks.items():
+            if rank == 0:
+                print(f"{benchmark.title} ({name})")
+            data = _benchmark_data(options, segmenter, name)
+            if options.ensemble_weight == "paper":
+                segmenter.region.classifier.weight = benchmark.region_weight
+            labels = options.save_labels and options.save_labels / name
+            found[benchmark.title] = scores = _evaluate(options, segmenter, data, rank, labels)
+            said = {"benchmark": name, "root": options.root, "image_size": data.image_size, "remark": data.remark}
+            of_name[name] = _report(options, segmenter, data, scores, said, options.out / f"{name}.json", rank)
+        if rank == 0:
+            text = rows(options.name or str(options.model), found)
+            print(f"\n{text}")
+            with cli.whole_file(options.out / "table.md") as temporary:
+                temporary.write_text(text + "\n")
+        return of_name
 
 
 def evaluate(
@@ -93,22 +70,161 @@ def evaluate(
     phrase_mode: str = "alone",
     prompt_form: str = "text",
     text_weight: float = 0.5,
+    views: Any = None,
+    oracle: str | None = None,
+    unseen: Sequence[int] | None = None,
+    save_labels: Path | None = None,
 ) -> dict[str, Any]:
-    """All scores (see ``Evaluator.compute``) of a ``Segmenter`` on one split of a data module."""
+    """All scores (see ``Evaluator.compute``) of a ``Segmenter`` on one split of a data module, and ``usage`` (see ``Meter``).
+
+    ``views``, ``oracle``, ``unseen``: as in ``Evaluator``. ``save_labels``: a folder for the class maps, PNGs of class indices.
+    In one of several processes it takes its share of the images, and all have all scores.
+    """
     from tqdm import tqdm
 
     from pmpseg.evaluation import Evaluator
+    from pmpseg.processes import is_first
     from pmpseg.supports import PromptForm
+    from pmpseg.usage import Meter, parameters
 
     threshold = segmenter.threshold if threshold is None else threshold
     form = PromptForm(prompt_form, text_weight, segmenter.embed, segmenter.showing)
-    evaluator = Evaluator.of_data(data, threshold, phrase_mode, form).to(segmenter.device)
+    asked = {"phrase_mode": phrase_mode, "form": form, "views": views, "oracle": oracle, "unseen": unseen}
+    evaluator = Evaluator.of_data(data, threshold, **asked).to(segmenter.device)
     data.supports_in_evaluation = prompt_form != "text"
+    data.eval_scales = evaluator.views.scales
     loader = data.val_dataloader() if split == "val" else data.test_dataloader()
-    for batch in tqdm(loader, desc=f"evaluate {split}", unit="batch"):
-        on_device = {k: v.to(segmenter.device) if hasattr(v, "to") else v for k, v in batch.items()}
-        evaluator.update(segmenter.network, segmenter.text, on_device, segmenter.region)
-    return evaluator.compute()
+    writer = save_labels and LabelWriter(save_labels, len(data.vocabulary), data.ignore_index)
+    meter = Meter(segmenter.device)
+    batches = meter.watch(loader, lambda batch: len(batch["name"]))
+    for batch in tqdm(batches, f"evaluate {split}", len(loader), unit="batch", disable=not is_first()):
+        on_device = {k: _to(v, segmenter.device) for k, v in batch.items()}
+        labels = evaluator.update(segmenter.network, segmenter.text, on_device, segmenter.region)
+        if writer and labels is not None:
+            writer(batch["name"], labels)
+    modules = {"network": segmenter.network, "text": segmenter.text, "region": segmenter.region}
+    return evaluator.compute() | {"usage": meter.result() | {"parameters": parameters(modules)}}
+
+
+class LabelWriter:
+    """Class maps as PNGs of class indices, 16 bits where 8 are too few, under the images' names in a new or empty folder."""
+
+    def __init__(self, folder: Path, num_classes: int, ignore_index: int) -> None:
+        self.folder, self.wide = folder, max(num_classes - 1, ignore_index) > 255
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, names: Sequence[str], labels: Any) -> None:
+        import numpy as np
+        from PIL import Image
+
+        for name, one in zip(names, labels.cpu().numpy(), strict=True):
+            path = self.folder / f"{Path(name).stem}.png"
+            if path.exists():
+                raise InputError(f"{path} exists: give --save-labels a new folder; two images of one name cannot both be saved")
+            Image.fromarray(one.astype(np.uint16 if self.wide else np.uint8)).save(path)
+
+
+def _load(options: Namespace, folder: Path, device: str) -> Any:
+    """The model, with its second stage as the options say."""
+    from pmpseg.segmenter import Segmenter
+
+    segmenter = Segmenter.load(folder, device)
+    if options.region:
+        from pmpseg.region_stage import RegionStage
+
+        segmenter.region = RegionStage.load(options.region).to(segmenter.device)
+    if options.ensemble_weight is not None:
+        if segmenter.region is None:
+            raise InputError("--ensemble-weight is of a second stage, and this model has none: add --region")
+        if options.ensemble_weight != "paper":
+            segmenter.region.classifier.weight = float(options.ensemble_weight)
+    return segmenter
+
+
+def _benchmark_data(options: Namespace, segmenter: Any, name: str) -> Any:
+    """One benchmark as the model wants its images."""
+    from pmpseg.data import Benchmark
+    from pmpseg.vocabulary import Vocabulary
+
+    sizes = {"image_size": options.image_size or segmenter.image_size, "max_size": options.max_size, "square": segmenter.square}
+    workers = {} if options.num_workers is None else {"num_workers": options.num_workers}
+    data = Benchmark(name, options.root, **sizes, **workers)
+    if options.names_only:
+        data.vocabulary = Vocabulary.of(data.vocabulary.names)
+    if segmenter.vocabulary is not None:
+        data.unseen = unseen_classes(data.vocabulary, segmenter.vocabulary)
+    return data
+
+
+def unseen_classes(asked: Any, learned: Any) -> list[int]:
+    """The classes of the vocabulary ``asked`` that share no word with a class that was ``learned`` from masks."""
+    known = {word.casefold() for index in learned.seen for word in learned.synonyms[index]}
+    return [index for index, words in enumerate(asked.synonyms) if not known & {word.casefold() for word in words}]
+
+
+def _evaluate(
+    options: Namespace, segmenter: Any, data: Any, rank: int, save_labels: Path | None
+) -> dict[str, Any]:
+    return evaluate(
+        segmenter,
+        data,
+        options.split,
+        options.threshold,
+        options.phrase_mode,
+        options.prompt_form,
+        0.5 if options.text_weight is None else options.text_weight,
+        views_of(options),
+        options.oracle,
+        getattr(data, "unseen", None),
+        save_labels,
+    )
+
+
+def _report(
+    options: Namespace, segmenter: Any, data: Any, scores: dict[str, Any], of_data: dict[str, Any], out: Path, rank: int
+) -> dict[str, float]:
+    """Prints the scores and saves them with all that they depend on; returns the single numbers."""
+    from pmpseg.evaluation import as_json, numbers
+    from pmpseg.report import table, usage_line
+    from pmpseg.storage import weights_hash
+
+    if rank > 0:
+        return numbers(scores)
+    unseen, region = getattr(data, "unseen", None), segmenter.region
+    asked = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k not in ("out", "root")} | of_data
+    asked |= {"views": asdict(views_of(options)), "square": segmenter.square}
+    asked["templates"] = list(getattr(segmenter.text, "templates", ()))
+    asked["weights_sha256"] = weights_hash(segmenter.network)
+    if region is not None:
+        asked["second_stage"] = region.classifier.config | {"weight": region.classifier.weight}
+    asked["classes"] = dict(zip(data.vocabulary.names, data.vocabulary.synonyms, strict=True))
+    asked["unseen"] = [data.vocabulary.names[i] for i in (data.vocabulary.unseen if unseen is None else unseen)]
+    asked["versions"] = {name: version(name) for name in PACKAGES}
+    by_class = {}
+    if "iou" in scores:
+        by_class = {"iou": dict(zip(data.vocabulary.names, scores["iou"].reshape(-1).tolist(), strict=True))}
+    with cli.whole_file(out) as temporary:
+        temporary.write_text(json.dumps(asked | as_json(scores | by_class), indent=1) + "\n")
+    print(table(scores, data.vocabulary, unseen))
+    print(f"\n{usage_line(scores['usage'])}")
+    if scores.get("phrase_n_without_support"):
+        print(f"{scores['phrase_n_without_support']} phrases have no support image and were left out")
+    if of_data.get("remark"):
+        print(f"not the whole benchmark: {of_data['remark']}")
+    print(f"saved: {out}")
+    return numbers(scores)
+
+
+def _numbers_of(path: Path) -> dict[str, float]:
+    """The single numbers of a file that another process saved."""
+    return {k: v for k, v in json.loads(path.read_text()).items() if isinstance(v, float)}
+
+
+def _to(value: Any, device: Any) -> Any:
+    """A tensor, or a list of tensors, on a device; anything else as it is."""
+    if isinstance(value, list):
+        return [_to(one, device) for one in value]
+    return value.to(device) if hasattr(value, "to") else value
 
 
 def own_data(spec: dict[str, Any] | None, model: str) -> dict[str, Any]:

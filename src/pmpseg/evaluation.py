@@ -11,6 +11,7 @@ from torchmetrics import SumMetric
 
 from .errors import InputError
 from .inference import (
+    Answer,
     Encoded,
     Network,
     answers,
@@ -23,16 +24,19 @@ from .inference import (
 )
 from .metrics import ConfusionMetrics, PhraseMetrics
 from .models.clip import TextEncoder
-from .models.prompts import Prompts
+from .models.prompts import PixelPrediction, Prompts
 from .models.region import Regions
+from .oracle import name_by_truth, name_true_masks
 from .paper_metrics import ClipSegMetrics
 from .region_stage import RegionStage
 from .supports import PromptForm
+from .views import Views, look, merged_labels
 from .vocabulary import Vocabulary
 
 PHRASE_MODES = ("alone", "mixed", "own")
-OF_DATA = ("class_groups", "class_list", "class_factors", "ignore_labels", "paper_metrics", "phrase_classes", "phrase_kinds")
-IGNORE = 255
+OF_DATA = ["class_groups", "class_list", "class_factors", "ignore_index", "ignore_labels"]
+OF_DATA += ["paper_metrics", "phrase_classes", "phrase_kinds"]
+ORACLES = ("masks", "classes")
 
 
 class Evaluator(nn.Module):
@@ -46,11 +50,18 @@ class Evaluator(nn.Module):
 
     - ``class_list`` False: the vocabulary is not asked as a list, there is no label map
     - ``class_factors``: of the scores of some classes in the label map, before the best is taken
-    - ``ignore_labels``: phrases are not scored where the labels are 255 (a phrase's answer counts as empty there)
+    - ``ignore_index``: the label of pixels that count nowhere
+    - ``ignore_labels``: nor do they for phrases (a phrase's answer counts as empty there)
     - ``paper_metrics`` "clipseg": ``ClipSegMetrics`` beside, of ``phrase_classes`` classes, or of each phrase by itself (None).
       The paper's code resizes scores to the labels with corners aligned; here they are resized as everywhere
 
     ``form``: what phrases are asked with; other than text it wants supports in the batches. The class list is asked by words.
+
+    ``views``: the looks that the class list's map is made of; phrases are asked once, of the whole image.
+    ``unseen``: the classes without training labels, where they are not the vocabulary's.
+    ``oracle``: the truth takes one stage's place, to see what the other one loses: the ``masks`` are the truth's and the second
+    stage names them, or proposals have the ``classes`` of the truth (see ``oracle``). No other evaluation sees the truth before
+    it has answered.
     """
 
     def __init__(
@@ -66,42 +77,56 @@ class Evaluator(nn.Module):
         ignore_labels: bool = False,
         paper_metrics: str | None = None,
         phrase_classes: int | None = None,
+        ignore_index: int = 255,
+        views: Views | None = None,
+        unseen: Sequence[int] | None = None,
+        oracle: str | None = None,
     ) -> None:
         super().__init__()
         if phrase_mode not in PHRASE_MODES:
             raise ValueError(f"phrase_mode: got {phrase_mode!r}, want one of {', '.join(PHRASE_MODES)}")
         if paper_metrics not in (None, "clipseg"):
             raise ValueError(f"paper_metrics: got {paper_metrics!r}, want None or 'clipseg'")
+        if oracle not in (None, *ORACLES):
+            raise ValueError(f"oracle: got {oracle!r}, want None or one of {', '.join(ORACLES)}")
+        self.views, self.oracle, self.ignore_index = views or Views(), oracle, ignore_index
+        if not class_list and not (self.views.is_plain and oracle is None):
+            raise InputError("windows, scales, flips and oracles are for class lists, and this data has phrases only")
+        if oracle and not self.views.is_plain:
+            raise InputError("an oracle looks once: leave windows, scales and flips out")
         self.vocabulary, self.phrase_mode, self.form = vocabulary, phrase_mode, form or PromptForm()
         self.class_factors, self.ignore_labels, self.phrase_classes = class_factors, ignore_labels, phrase_classes
         self.classes = None
         if class_list:
-            self.classes = ConfusionMetrics(len(vocabulary), unseen=vocabulary.unseen or None, groups=class_groups or None)
+            unseen = vocabulary.unseen if unseen is None else unseen
+            self.classes = ConfusionMetrics(len(vocabulary), ignore_index, unseen or None, class_groups or None)
         self.phrases = PhraseMetrics(threshold, kinds=phrase_kinds)
         self.paper = ClipSegMetrics(phrase_classes) if paper_metrics else None
         self.without_support = SumMetric()
 
     @classmethod
-    def of_data(cls, data: Any, threshold: float = 0.5, phrase_mode: str = "alone", form: PromptForm | None = None) -> Self:
-        """The evaluator that suits a data module."""
+    def of_data(cls, data: Any, threshold: float = 0.5, **options: Any) -> Self:
+        """The evaluator that suits a data module. ``options``: the arguments that are not the data's."""
         given = {name: getattr(data, name) for name in OF_DATA if hasattr(data, name)}
-        return cls(data.vocabulary, threshold=threshold, phrase_mode=phrase_mode, form=form, **given)
+        return cls(data.vocabulary, threshold=threshold, **(given | options))
 
     @torch.no_grad()
-    def update(self, network: Network, text: TextEncoder, batch: dict[str, Any], region: RegionStage | None = None) -> None:
-        """Adds one batch; its answers are scored at the size of its labels, the image's own."""
+    def update(
+        self, network: Network, text: TextEncoder, batch: dict[str, Any], region: RegionStage | None = None
+    ) -> Tensor | None:
+        """Adds one batch; its answers are scored at the size of its labels, the image's own. Returns the class map, if any."""
         image, size = batch["image"].float() / 255, tuple(batch["labels"].shape[-2:])
         image_size = tuple(image.shape[-2:])
-        features, names = network.encode(image), self.vocabulary.names
+        names, looks_once = self.vocabulary.names, self.views.is_plain and self.oracle != "masks"
+        features = network.encode(image) if looks_once or "prompt_masks" in batch else None
         is_class_list = all(row == names for row in batch.get("prompts", ())) and self.form.form == "text"
-        by_class = None
+        by_class = labels = None
         if self.classes is not None:
-            words = with_synonyms(names, self.vocabulary)
-            prediction = ask_together(network, features, text.encode(words), region.ask(image, words) if region else None)
-            self.classes.update(semantic_labels(prediction, image_size, size, factors=self.class_factors), batch["labels"])
-            by_class = soft_masks(prediction) if is_class_list and "prompt_masks" in batch else None  # (B, C, h, w) and (B, C)
-        if "prompt_masks" not in batch:
-            return
+            labels, prediction = self._class_map(network, text, batch, image, features, region)
+            self.classes.update(labels, batch["labels"])
+            by_class = soft_masks(prediction) if prediction and is_class_list and "prompt_masks" in batch else None
+        if "prompt_masks" not in batch or features is None:
+            return labels
         for i, (row, truth) in enumerate(zip(batch["prompts"], batch["prompt_masks"], strict=True)):
             leaky = self.phrase_mode == "own" and not is_class_list
             asked = [k for k, phrase in enumerate(row) if phrase and (not leaky or truth[k].any())]
@@ -117,6 +142,39 @@ class Evaluator(nn.Module):
                 soft, scores = (x[i, None] for x in by_class)
             soft = upsample(soft, image_size, size, network.stride)
             self._score(answers(soft, scores, network.by_pixel)[0], batch, i, asked)
+        return labels
+
+    def _class_map(
+        self,
+        network: Network,
+        text: TextEncoder,
+        batch: dict[str, Any],
+        image: Tensor,
+        features: Encoded | None,
+        region: RegionStage | None,
+    ) -> tuple[Tensor, Answer | None]:
+        """The best class of every pixel (B, H, W), and the answer (B, C, ...) if there is a single one."""
+        words = with_synonyms(self.vocabulary.names, self.vocabulary)
+        image_size, size = ((x.shape[-2], x.shape[-1]) for x in (image, batch["labels"]))
+        if self.oracle == "masks":
+            if region is None:
+                raise InputError("the oracle's masks are named by a second stage: give one with --region")
+            return name_true_masks(region, image, batch["labels"], words, self.ignore_index), None
+        prompts = text.encode(words)
+
+        def ask(part: Tensor, encoded: Encoded | None = None) -> Answer:
+            encoded = network.encode(part) if encoded is None else encoded
+            return ask_together(network, encoded, prompts, region.ask(part, words) if region else None)
+
+        if not self.views.is_plain:
+            images = [scaled.float() / 255 for scaled in batch["scaled"]] if "scaled" in batch else [image]
+            return merged_labels(list(look(images, self.views, ask)), size, factors=self.class_factors), None
+        prediction = ask(image, features)
+        if self.oracle == "classes":
+            if isinstance(prediction, PixelPrediction):
+                raise InputError("the oracle names proposals, and this model has none: give a model with queries")
+            return name_by_truth(prediction.mask_logits, image_size, batch["labels"], self.ignore_index), None
+        return semantic_labels(prediction, image_size, size, factors=self.class_factors), prediction
 
     def _with_examples(self, batch: dict[str, Any], i: int, asked: list[int]) -> list[int]:
         """Those of ``asked`` that have an example, where examples are asked with; the others are counted, and left out."""
@@ -141,7 +199,7 @@ class Evaluator(nn.Module):
     def _score(self, found: Tensor, batch: dict[str, Any], i: int, asked: list[int]) -> None:
         """Adds the phrases ``asked`` of image i, which were answered with the scores ``found`` (K, H, W)."""
         truth = batch["prompt_masks"][i, asked]
-        ignored = (batch["labels"][i] == IGNORE).expand_as(truth) if self.ignore_labels else None
+        ignored = (batch["labels"][i] == self.ignore_index).expand_as(truth) if self.ignore_labels else None
         if ignored is not None:
             found, truth = found.masked_fill(ignored, 0), truth & ~ignored
         kinds = [self._kinds(batch["phrase_kind"][i][k]) for k in asked] if self.phrases.kinds else None
@@ -225,35 +283,3 @@ def best_threshold(scores: dict[str, Any]) -> float | None:
     iou, absent = curve["iou"], curve["absent_accuracy"]
     both = iou if absent.isnan().all() else 2 * iou * absent / (iou + absent).clamp(min=1e-9)
     return round(float(curve["threshold"][both.argmax()]), 4)
-
-
-def table(scores: dict[str, Any], vocabulary: Vocabulary) -> str:
-    """IoU by class ("-" where a class is absent), phrase IoU by kind and group, then every other number; all in percent."""
-    lines = []
-    if "iou" in scores:
-        unseen = set(vocabulary.unseen)
-        names = [name + "*" * (i in unseen) for i, name in enumerate(vocabulary.names)]
-        lines = _in_columns(dict(zip(names, scores["iou"].reshape(-1).tolist(), strict=True)), 4)
-        lines += ["(* held out of training)", ""] if unseen else [""]
-    others = numbers(scores)
-    crossed = {k: k.removeprefix("phrase_iou_").split("_") for k in others}
-    crossed = {k: words for k, words in crossed.items() if len(words) == 2 and all(f"phrase_iou_{w}" in others for w in words)}
-    if crossed:
-        columns = list(dict.fromkeys(words[1] for words in crossed.values()))
-        lines += [f"{'phrase IoU':12}" + "".join(f"{c:>14}" for c in columns)]
-        for kind in dict.fromkeys(words[0] for words in crossed.values()):
-            row = [others.get(f"phrase_iou_{kind}_{c}", math.nan) for c in columns]
-            lines.append(f"{kind:12}" + "".join(f"{_percent(v):>14}" for v in row))
-        lines.append("")
-    return "\n".join([*lines, *_in_columns({k: v for k, v in others.items() if k not in crossed}, 3)])
-
-
-def _in_columns(values: dict[str, float], columns: int) -> list[str]:
-    width = max(map(len, values)) + 2
-    cells = [f"{name:<{width}}{_percent(value):>5}" for name, value in values.items()]
-    rows = -(-len(cells) // max(1, min(columns, 118 // (width + 8))))
-    return ["   ".join(cells[row::rows]) for row in range(rows)]
-
-
-def _percent(value: float) -> str:
-    return "-" if math.isnan(value) else f"{100 * value:.1f}"

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from pmpseg.data.base import IGNORE
 from pmpseg.errors import InputError
-from pmpseg.evaluation import Evaluator, numbers, table
+from pmpseg.evaluation import Evaluator, numbers
 from pmpseg.models.clip import TextEncoder
 from pmpseg.models.prompts import Prompts
+from pmpseg.report import table
 from pmpseg.supports import Showing, embed_supports, mix
 
 # Parameters that are tables of embeddings, or an embedding, by a part of their names.

@@ -1,0 +1,108 @@
+"""Several processes for one command: started here (``--devices``), or by torchrun or SLURM, which set the same variables.
+
+Each process works on its own share of the data; torchmetrics adds the counts up. Only rank 0 speaks and writes.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from .cli import one_line
+from .errors import InputError
+
+GRACE = 5.0  # seconds that rank 0 has to say itself what went wrong
+
+
+def launched() -> bool:
+    """Whether this process is one of several that a launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+def launch(module: str, args: Sequence[str], count: int) -> None:
+    """Runs ``python -m module args`` in ``count`` processes on this machine and waits for all of them.
+
+    The output is that of rank 0. Raises InputError with the last line of what another one said, if that one failed.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}
+    with tempfile.TemporaryDirectory() as folder:
+        processes = []
+        for rank in range(count):
+            of_rank = {k: str(v) for k, v in (common | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+            said = None if rank == 0 else open(f"{folder}/{rank}", "w")  # noqa: SIM115
+            command = [sys.executable, "-m", module, *args]
+            processes.append(subprocess.Popen(command, env=os.environ | threads | of_rank, stdout=said, stderr=said))
+        try:
+            failed = _wait(processes)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        if failed:
+            with open(f"{folder}/{failed}") as file:
+                lines = file.read().strip().splitlines() or ["it said nothing"]
+            raise InputError(f"process {failed} of {count} failed: {one_line(lines[-1])}")
+    if status := processes[0].returncode:
+        sys.exit(status)  # it has said why
+
+
+def _wait(processes: list[subprocess.Popen]) -> int:
+    """The first rank other than 0 that failed while rank 0 did not; 0 otherwise."""
+    while True:
+        states = [process.poll() for process in processes]
+        if states[0] or all(state == 0 for state in states):
+            return 0
+        if wrong := [rank for rank, state in enumerate(states) if state]:
+            try:
+                return 0 if processes[0].wait(GRACE) else wrong[0]
+            except subprocess.TimeoutExpired:
+                return wrong[0]
+        time.sleep(0.05)
+
+
+@contextmanager
+def together(device: str) -> Iterator[tuple[int, str]]:
+    """Joins the processes that a launcher started, if one did: rank and device of this one."""
+    if not launched():
+        yield 0, device
+        return
+    import torch
+
+    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "cuda":
+        if local >= torch.cuda.device_count():
+            raise InputError(f"process {local} on this machine has no GPU: there are {torch.cuda.device_count()}")
+        device = f"cuda:{local}"
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield rank, device
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def is_first() -> bool:
+    """Whether this is the process that speaks and writes."""
+    import torch
+
+    return not (torch.distributed.is_available() and torch.distributed.is_initialized()) or torch.distributed.get_rank() == 0
+
+
+def of_all(value: Any) -> list[Any]:
+    """What each process has, in the order of ranks."""
+    import torch
+
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
