@@ -4,6 +4,7 @@ from importlib import import_module
 
 _HOME = {
     "Scenes": "pmpseg.data.scenes",
+    "Benchmark": "pmpseg.data.benchmark",
     "FolderData": "pmpseg.data.folder",
     "Coco20i": "pmpseg.data.one_shot",
     "CocoPhrases": "pmpseg.data.coco_phrases",
