@@ -44,10 +44,11 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
         from pmpseg.report import rows
 
         found, of_name = {}, {}
-        for name, benchmark in benchmarks.items():
+        # All are looked for before the first begins, which may take hours.
+        for name, data in {name: _benchmark_data(options, segmenter, name) for name in benchmarks}.items():
+            benchmark = benchmarks[name]
             if rank == 0:
                 print(f"{benchmark.title} ({name})")
-            data = _benchmark_data(options, segmenter, name)
             if options.ensemble_weight == "paper":
                 segmenter.region.classifier.weight = benchmark.region_weight
             labels = options.save_labels and options.save_labels / name

@@ -1,4 +1,4 @@
-"""What ``python -m pmpseg.evaluate`` may be told, and what is wrong with it; no torch before it is right."""
+"""What ``python -m pmpseg.evaluate`` may be told, and what is wrong with it."""
 
 import argparse
 from pathlib import Path
@@ -84,6 +84,7 @@ def check(options: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
     weight = options.ensemble_weight
     if weight not in (None, "paper") and not 0 <= _number("--ensemble-weight", weight) <= 1:
         raise InputError(f"--ensemble-weight: got {weight}, want 0 (no second stage) to 1 (only that one), or 'paper'")
+    views_of(options)
     benchmarks = _benchmarks(options.benchmark)
     if benchmarks and options.config:
         raise InputError("got both -c and --benchmark: give one of them")
@@ -109,9 +110,9 @@ def check(options: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
 def _benchmarks(names: str | None) -> dict[str, Any]:
     if names is None:
         return {}
-    from pmpseg.benchmarks import BENCHMARKS, parse_benchmarks
+    from .benchmarks import parse_benchmarks
 
-    return {name: BENCHMARKS[name] for name in parse_benchmarks(names)}
+    return {benchmark.name: benchmark for benchmark in parse_benchmarks(names)}
 
 
 def _number(name: str, text: str) -> float:

@@ -46,7 +46,7 @@ def table(scores: dict[str, Any], vocabulary: Vocabulary, unseen: Collection[int
         unseen = set(vocabulary.unseen if unseen is None else unseen)
         names = [name + "*" * (i in unseen) for i, name in enumerate(vocabulary.names)]
         lines = _in_columns(dict(zip(names, scores["iou"].reshape(-1).tolist(), strict=True)), 4)
-        lines += ["(* held out of training)", ""] if unseen else [""]
+        lines += ["(* no masks of it in training)", ""] if unseen else [""]
     others = numbers(scores)
     crossed = {k: k.removeprefix("phrase_iou_").split("_") for k in others}
     crossed = {k: words for k, words in crossed.items() if len(words) == 2 and all(f"phrase_iou_{w}" in others for w in words)}
