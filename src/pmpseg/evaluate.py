@@ -75,11 +75,12 @@ def evaluate(
     oracle: str | None = None,
     unseen: Sequence[int] | None = None,
     save_labels: Path | None = None,
+    chunk: int = 64,
 ) -> dict[str, Any]:
     """All scores (see ``Evaluator.compute``) of a ``Segmenter`` on one split of a data module, and ``usage`` (see ``Meter``).
 
-    ``views``, ``oracle``, ``unseen``: as in ``Evaluator``. ``save_labels``: a folder for the class maps, PNGs of class indices.
-    In one of several processes it takes its share of the images, and all have all scores.
+    ``views``, ``oracle``, ``unseen``, ``chunk``: as in ``Evaluator``. ``save_labels``: a folder for the class maps, PNGs of class
+    indices. In one of several processes it takes its share of the images, and all have all scores.
     """
     from tqdm import tqdm
 
@@ -90,7 +91,7 @@ def evaluate(
 
     threshold = segmenter.threshold if threshold is None else threshold
     form = PromptForm(prompt_form, text_weight, segmenter.embed, segmenter.showing)
-    asked = {"phrase_mode": phrase_mode, "form": form, "views": views, "oracle": oracle, "unseen": unseen}
+    asked = {"phrase_mode": phrase_mode, "form": form, "views": views, "oracle": oracle, "unseen": unseen, "chunk": chunk}
     evaluator = Evaluator.of_data(data, threshold, **asked).to(segmenter.device)
     data.supports_in_evaluation = prompt_form != "text"
     data.eval_scales = evaluator.views.scales
@@ -178,6 +179,7 @@ def _evaluate(
         options.oracle,
         getattr(data, "unseen", None),
         save_labels,
+        options.class_chunk,
     )
 
 

@@ -38,6 +38,8 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--scales", help="sizes, as 0.75,1,1.25; default: 1")
     group.add_argument("--flip", action="store_true", help="look at the mirror image, too")
 
+    group.add_argument("--class-chunk", type=int, default=64, help="classes scored at a time, for memory only; default: 64")
+
     group = parser.add_argument_group("two stages")
     group.add_argument("--region", help="second stage: a region model (of training/region.py), or a CLIP folder or hub id")
     group.add_argument(
@@ -79,6 +81,8 @@ def check(options: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
         raise InputError(f"--text-weight: got {options.text_weight:g}, want 0 (examples only) to 1 (words only)")
     if options.region and options.prompt_form != "text":
         raise InputError("a second stage names masks by words only: ask with --prompt-form text, or leave --region out")
+    if options.class_chunk < 1:
+        raise InputError(f"--class-chunk: got {options.class_chunk}, want 1 or more")
     if options.devices < 1:
         raise InputError(f"--devices: got {options.devices}, want 1 or more")
     weight = options.ensemble_weight

@@ -58,6 +58,7 @@ class Evaluator(nn.Module):
     ``form``: what phrases are asked with; other than text it wants supports in the batches. The class list is asked by words.
 
     ``views``: the looks that the class list's map is made of; phrases are asked once, of the whole image.
+    ``chunk``: classes whose scores are there together, at the answer's size; it changes nothing but the memory.
     ``unseen``: the classes without training labels, where they are not the vocabulary's.
     ``oracle``: the truth takes one stage's place, to see what the other one loses: the ``masks`` are the truth's and the second
     stage names them, or proposals have the ``classes`` of the truth (see ``oracle``). No other evaluation sees the truth before
@@ -81,6 +82,7 @@ class Evaluator(nn.Module):
         views: Views | None = None,
         unseen: Sequence[int] | None = None,
         oracle: str | None = None,
+        chunk: int = 64,
     ) -> None:
         super().__init__()
         if phrase_mode not in PHRASE_MODES:
@@ -89,7 +91,9 @@ class Evaluator(nn.Module):
             raise ValueError(f"paper_metrics: got {paper_metrics!r}, want None or 'clipseg'")
         if oracle not in (None, *ORACLES):
             raise ValueError(f"oracle: got {oracle!r}, want None or one of {', '.join(ORACLES)}")
-        self.views, self.oracle, self.ignore_index = views or Views(), oracle, ignore_index
+        if chunk < 1:
+            raise InputError(f"class chunk: got {chunk}, want 1 class or more")
+        self.views, self.oracle, self.ignore_index, self.chunk = views or Views(), oracle, ignore_index, chunk
         if not class_list and not (self.views.is_plain and oracle is None):
             raise InputError("windows, scales, flips and oracles are for class lists, and this data has phrases only")
         if oracle and not self.views.is_plain:
@@ -168,13 +172,13 @@ class Evaluator(nn.Module):
 
         if not self.views.is_plain:
             images = [scaled.float() / 255 for scaled in batch["scaled"]] if "scaled" in batch else [image]
-            return merged_labels(list(look(images, self.views, ask)), size, factors=self.class_factors), None
+            return merged_labels(list(look(images, self.views, ask)), size, self.chunk, self.class_factors), None
         prediction = ask(image, features)
         if self.oracle == "classes":
             if isinstance(prediction, PixelPrediction):
                 raise InputError("the oracle names proposals, and this model has none: give a model with queries")
             return name_by_truth(prediction.mask_logits, image_size, batch["labels"], self.ignore_index), None
-        return semantic_labels(prediction, image_size, size, factors=self.class_factors), prediction
+        return semantic_labels(prediction, image_size, size, self.chunk, factors=self.class_factors), prediction
 
     def _with_examples(self, batch: dict[str, Any], i: int, asked: list[int]) -> list[int]:
         """Those of ``asked`` that have an example, where examples are asked with; the others are counted, and left out."""
