@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--devices", type=int, default=1, help="processes, each with its GPU or a share of the cores; default: 1")
 
     group = parser.add_argument_group("benchmarks")
-    group.add_argument("--benchmark", help="all, or names as ade20k_150,pascal_voc_20 (-c is then not used)")
+    group.add_argument("--benchmark", help="all, or names as ade20k_150,pascal_voc_20; in place of -c")
     group.add_argument("--root", help="folder that holds ADEChallengeData2016/, VOCdevkit/, ...; default: ../data")
     group.add_argument("--image-size", type=int, help="short side of images, in pixels; default: the model's")
     group.add_argument("--max-size", type=int, help="long side, at most; OVSeg has 640 and 2560")
