@@ -19,14 +19,14 @@ THINGS = sum(number <= 91 for number in IDS)  # the first 80 classes
 WRONG = 254  # what no value means
 CHECKED_MAPS = 8  # of each split, read in full at start; the others when their turn comes
 
-PLACES = {  # of the images and of the label maps of a split
+PLACES: dict[str, tuple[str, ...]] = {  # of the images and of the label maps of a split
     "images": ("{split}", "images/{split}", "{split}.zip", "images/{split}.zip"),
     "label maps": ("stuffthingmaps/{split}", "stuffthingmaps_trainval2017.zip", "stuffthingmaps_trainval2017/{split}"),
 }
 ANNOTATIONS = ("annotations", "annotations_trainval2017.zip")
 PANOPTIC = ("annotations", "panoptic_annotations_trainval2017.zip", "annotations/panoptic_annotations_trainval2017.zip")
 # the PNGs, in a folder or zip of their own, or in a zip in a zip
-PANOPTIC_MAPS = ("{name}", "{name}.zip", "annotations/{name}", "annotations/{name}.zip")
+PANOPTIC_MAPS: tuple[str, ...] = ("{name}", "{name}.zip", "annotations/{name}", "annotations/{name}.zip")
 PANOPTIC_MAPS += tuple(f"{place}/annotations/{{name}}.zip" for place in PANOPTIC if place.endswith(".zip"))
 
 

@@ -13,6 +13,7 @@ the device.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -27,7 +28,6 @@ from .base import SegmentationData, SegmentationDataset, choose_prompts, collate
 from .coco_captions import Captions
 from .coco_files import (
     ANNOTATIONS,
-    FULL,
     IDS,
     PANOPTIC,
     SPLITS,
@@ -39,7 +39,7 @@ from .coco_files import (
 )
 from .coco_things import InstanceThings, PanopticThings, part
 from .items import class_list_item
-from .transforms import eval_transform, train_transform
+from .transforms import check_augmentation, eval_transform, train_transform
 
 
 class CocoStuff(SegmentationData):
@@ -96,8 +96,10 @@ class CocoStuff(SegmentationData):
             raise InputError(f"segments: got {segments!r}, want class or things")
         self.root = Path(root)
         self.max_size, self.resize_labels = max_size, resize_labels
-        crop = tuple(crop_size) if crop_size else (image_size, image_size)
-        self.train_transform = train_transform(crop, scale, flip, colour, sizes, max_size, max_class_share)  # type: ignore[arg-type]
+        check_augmentation(colour, sizes, max_size, max_class_share)
+        crop = (crop_size[0], crop_size[1]) if crop_size else (image_size, image_size)
+        # called when a training begins: it imports albumentations
+        self.augmentation = partial(train_transform, crop, scale, flip, colour, sizes, max_size, max_class_share)
         self.vocabulary = Vocabulary.read(classes or str(resources.files("pmpseg") / "assets" / "vocab" / "coco_stuff_171.txt"))
         if len(self.vocabulary) != len(IDS):
             raise InputError(f"{classes}: got {len(self.vocabulary)} classes, want COCO-Stuff's {len(IDS)}, in its order")
@@ -174,8 +176,10 @@ class CocoStuffDataset(SegmentationDataset):
         self.seed = data.seed
         self.things = data.things if train else None
         self.captions = data.captions("train") if train and data.with_captions else None
-        self.transform: Callable[..., dict] = data.train_transform
-        if not train:
+        self.transform: Callable[..., dict]
+        if train:
+            self.transform = data.augmentation()
+        else:
             self.transform = eval_transform(data.image_size, data.resize_labels, data.max_size, data.eval_scales)
 
     def __len__(self) -> int:
@@ -188,7 +192,7 @@ class CocoStuffDataset(SegmentationDataset):
         if not self.train:
             return class_list_item(self.transform(sample), self.vocabulary, name, index)
         if self.things is not None:
-            things = self.things.read(self.files.stem(index), labels.shape)  # type: ignore[arg-type]
+            things = self.things.read(self.files.stem(index), labels.shape)
             sample["segments"] = things.numbers
         rng = np.random.default_rng([self.seed, epoch, index])
         sample = self.transform(sample, int(rng.integers(2**63)))
@@ -209,6 +213,3 @@ class CocoStuffDataset(SegmentationDataset):
 def _present(labels: np.ndarray) -> np.ndarray:
     """The values of labels (H, W) uint8; many times as fast as np.unique."""
     return np.flatnonzero(np.bincount(labels.ravel(), minlength=256))
-
-
-__all__ = ["FULL", "CocoStuff", "CocoStuffDataset"]

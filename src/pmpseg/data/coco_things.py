@@ -1,8 +1,8 @@
 """COCO's things, one by one: whose pixel is it, from the panoptic maps or from the polygons of the instances JSON.
 
-Both sources give for an image ``numbers`` (H, W) int32, the number 0..n-1 of each pixel's thing or -1, with ``classes`` (n,) int64
-and ``crowd`` (n,) bool. ``part`` makes segments of them and of the labels. What is kept of the JSONs are arrays and offsets.
-Formats: https://cocodataset.org/#format-data; ids in panoptic PNGs are R + 256 G + 256^2 B (Kirillov et al., 2019).
+Both sources give for an image ``numbers`` (H, W) int32, the number 0..n-1 of each pixel's thing or -1, with ``classes`` (n,)
+int64 and ``crowd`` (n,) bool. ``part`` makes segments of them and of the labels. What is kept of the JSONs are arrays and
+offsets. Formats: https://cocodataset.org/#format-data; ids in panoptic PNGs are R + 256 G + 256^2 B (Kirillov et al., 2019).
 """
 
 from array import array
@@ -28,8 +28,8 @@ class Things(NamedTuple):
 def part(labels: np.ndarray, things: Things) -> tuple[np.ndarray, np.ndarray]:
     """Labels (H, W) and the things in them -> segments (H, W) int64, 0..N-1 or -1, and their classes (N,) int64.
 
-    The label decides a pixel's class; things part the pixels of a class. Each thing is a segment; so is each class of stuff, and of
-    things where none is told apart. A crowd is part of one segment of its class, so that no labelled crowd goes unlearned and
+    The label decides a pixel's class; things part the pixels of a class. Each thing is a segment; so is each class of stuff, and
+    of things where none is told apart. A crowd is part of one segment of its class, so that no labelled crowd goes unlearned and
     none of its heads is asked for alone. Pixels whose label is that of a thing in the image, but that lie in none, are -1: at
     borders the two annotations differ by slivers, which are nothing to propose.
     """
@@ -114,8 +114,8 @@ class InstanceThings:
         stems: list[bytes] = []
         row_of: dict[int, int] = {}  # id of an image -> row
         owner, label, crowd, number = array("q"), array("h"), array("b"), array("q")
-        self._points, polygon_ends, polygons = array("f"), array("q", [0]), array("q", [0])
-        self._runs, runs_ends = array("i"), array("q", [0])
+        all_points, polygon_ends, polygons = array("f"), array("q", [0]), array("q", [0])
+        all_runs, runs_ends = array("i"), array("q", [0])
 
         def image(entry: dict) -> None:
             row_of[entry["id"]] = len(stems)
@@ -131,12 +131,12 @@ class InstanceThings:
             number.append(entry["id"])
             shape = entry["segmentation"]
             for polygon in shape if isinstance(shape, list) else ():
-                self._points.extend(polygon)
-                polygon_ends.append(len(self._points))
+                all_points.extend(polygon)
+                polygon_ends.append(len(all_points))
             polygons.append(len(polygon_ends) - 1)
             if not isinstance(shape, list):
-                self._runs.extend(rle.run_lengths(shape).tolist())
-            runs_ends.append(len(self._runs))
+                all_runs.extend(rle.run_lengths(shape).tolist())
+            runs_ends.append(len(all_runs))
 
         visit_lists(content, {"images": image, "annotations": annotation}, where)
         try:
@@ -147,8 +147,7 @@ class InstanceThings:
         self._first = self._images.first(rows)
         self._at = self._images.order.astype(np.int32)  # rows of an image, in what follows
         self._class, self._crowd, self._id = np.array(label), np.array(crowd, dtype=bool), np.array(number)
-        # numpy arrays over the same memory: a fork shares it, and pickle is quick
-        self._points, self._runs = np.array(self._points, dtype=np.float32), np.array(self._runs, dtype=np.int32)  # type: ignore
+        self._points, self._runs = np.array(all_points), np.array(all_runs)
         self._polygons, self._polygon_ends, self._runs_ends = np.array(polygons), np.array(polygon_ends), np.array(runs_ends)
 
     def check(self, stems: list[str]) -> None:
