@@ -36,18 +36,26 @@ def decode(rle: Mapping[str, Any]) -> np.ndarray:
 
     Raises ``InputError`` where the counts are malformed or do not add up to H x W.
     """
-    try:
-        height, width = (int(side) for side in rle["size"])
-        counts = rle["counts"]
-        runs = _from_string(counts) if isinstance(counts, str | bytes) else np.asarray(counts, dtype=np.int64)
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"not a COCO RLE, which is {{'size': [H, W], 'counts': ...}}: {error!r}") from None
+    runs = run_lengths(rle)
+    height, width = (int(side) for side in rle["size"])
     if (runs < 0).any() or runs.sum() != height * width:
         raise InputError(
             f"the runs of an RLE add up to {runs.sum()} pixels, but its size is {height} x {width}"
         )
     values = np.arange(len(runs)) % 2 == 1  # runs of 0 and 1 in turn
     return np.repeat(values, runs).reshape(height, width, order="F")
+
+
+def run_lengths(rle: Mapping[str, Any]) -> np.ndarray:
+    """The lengths of the runs of 0, 1, 0, ... (N,) int64, however they are written. Raises ``InputError`` as ``decode`` does, but
+    for their sum.
+    """
+    try:
+        _, _ = (int(side) for side in rle["size"])
+        counts = rle["counts"]
+        return _from_string(counts) if isinstance(counts, str | bytes) else np.asarray(counts, dtype=np.int64)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"not a COCO RLE, which is {{'size': [H, W], 'counts': ...}}: {error!r}") from None
 
 
 def _to_string(counts: np.ndarray) -> str:

@@ -7,6 +7,7 @@ _HOME = {
     "Benchmark": "pmpseg.data.benchmark",
     "FolderData": "pmpseg.data.folder",
     "Coco20i": "pmpseg.data.one_shot",
+    "CocoStuff": "pmpseg.data.coco_stuff",
     "CocoPhrases": "pmpseg.data.coco_phrases",
     "Pairs": "pmpseg.data.pairs",
     "Pascal5i": "pmpseg.data.one_shot",
