@@ -139,8 +139,8 @@ def find_layout(spec: BenchmarkSpec, root: Path) -> Layout:
             return layout
     first = spec.layouts[0]
     lacking = [folder for folder in (first.images, first.labels) if not (root / folder).is_dir()]
-    others = f" (nor is there one of {len(spec.layouts) - 1} other layouts)" if len(spec.layouts) > 1 else ""
-    raise InputError(f"{spec.title}: {root} has no folder {' and no '.join(lacking)}{others}: see {spec.script} --help")
+    missing = f"{root} has no folder {' and no '.join(lacking)} (nor another known layout)"
+    raise InputError(f"{spec.title}: {missing}: see {spec.script} --help")
 
 
 def list_files(layout: Layout, root: Path) -> tuple[list[Path], list[Path]]:
