@@ -5,11 +5,14 @@ import itertools
 import pytest
 import torch
 from torch.nn import functional as F
+from torchvision.ops import sigmoid_focal_loss
 
+from pmpseg.errors import InputError
 from pmpseg.inference import upsample
 from pmpseg.losses import Masks, SetLoss, dice_loss, pixel_loss, sample
 from pmpseg.models.backbone import pad_to
 from pmpseg.models.prompts import MaskFactors, Prediction
+from pmpseg.point_losses import focal_loss, focal_terms
 
 
 def small(batch=2, queries=4, prompts=3, size=8, layers=1, seed=0):
@@ -205,3 +208,99 @@ def test_of_a_long_list_only_what_is_present_is_looked_at():
     listed = torch.cat([classes.softmax(-1)[..., short], 1 - classes.softmax(-1)[..., short].sum(-1, keepdim=True)], -1).log()
     again = loss.match(Masks(logits), listed, masks[:, short], present[:, short], known)
     assert query.tolist() == again[1].tolist() and short[again[2]].tolist() == prompt.tolist()
+
+
+# segments as targets
+
+
+def test_one_segment_a_prompt_is_the_prompt():
+    prediction, masks, present = small(prompts=5, layers=2)
+    present[0, 1] = present[1, 4] = False
+    masks = masks & present[..., None, None]
+    torch.manual_seed(1)
+    wanted = SetLoss(num_points=64)(prediction, masks, present)
+    # The same as segments, in another order for each image, with padding among them.
+    order = torch.tensor([[3, 0, 1, 4, 2], [4, 2, 3, 1, 0]])
+    which = masks.gather(1, order[..., None, None].expand(-1, -1, 8, 8)), present.gather(1, order)
+    torch.manual_seed(1)
+    found = SetLoss(num_points=64)(prediction, *which, prompt=order)
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name])
+
+
+def test_two_segments_of_one_prompt_get_a_query_each():
+    """The class loss by hand: both queries are named by the one prompt, the third by nothing."""
+    masks = torch.zeros(1, 2, 8, 8, dtype=torch.bool)
+    masks[0, 0, :, :3] = masks[0, 1, :, 5:] = True
+    logits = torch.stack([masks[0, 0] * -4.0, masks[0, 1] * 16.0 - 8, masks[0, 0] * 16.0 - 8])[None]
+    classes = torch.randn(1, 3, 3)
+    there, prompt = torch.ones(1, 2, dtype=torch.bool), torch.tensor([[1, 1]])
+    loss = SetLoss(num_points=500)
+    _, query, target = loss.match(Masks(logits), classes, masks, there, torch.ones(1, 1, 8, 8), prompt)
+    assert dict(zip(query.tolist(), target.tolist(), strict=True)) == {1: 1, 2: 0}
+    found = loss(Prediction(logits, classes), masks, there, prompt=prompt)
+    weight = torch.tensor([1.0, 1.0, 0.1])
+    wanted = F.cross_entropy(classes[0], torch.tensor([2, 1, 1]), weight=torch.tensor([0.0, 1.0, 0.1]), reduction="sum")
+    assert torch.isclose(found["class"], 2.0 * wanted / weight.sum())
+
+
+def test_pixels_are_named_by_prompt_and_not_by_segment():
+    prediction, masks, _ = small(prompts=3)
+    pixels = torch.randn(2, 3, 8, 8)
+    segments = torch.cat([masks, masks], 1) & torch.rand(2, 6, 8, 8).gt(0.5)
+    loss, prompt = SetLoss(num_points=16, pixel_weight=1.0), torch.arange(3).repeat(2, 2)
+    there = segments.flatten(2).any(-1)
+    found = loss(prediction._replace(pixel_logits=pixels), segments, there, prompt=prompt, prompt_masks=masks)["pixel"]
+    each = F.binary_cross_entropy_with_logits(pixels, masks.float(), reduction="none")
+    assert torch.isclose(found, each.mean((2, 3)).sum() / there.sum())
+    with pytest.raises(ValueError, match="prompt_masks: got None"):
+        loss(prediction._replace(pixel_logits=pixels), segments, there, prompt=prompt)
+
+
+# MaskFormer's loss: focal, of all pixels
+
+
+def test_focal_loss_is_torchvisions():
+    torch.manual_seed(0)
+    logits, truth = torch.randn(3, 50) * 4, (torch.rand(3, 50) > 0.7).float()
+    wanted = sigmoid_focal_loss(logits, truth)  # alpha 0.25, gamma 2
+    torch.testing.assert_close(focal_loss(logits, truth), wanted)
+    outside, difference = focal_terms(logits)
+    torch.testing.assert_close(outside + difference * truth, wanted)
+    soft = torch.rand(3, 50)
+    torch.testing.assert_close(focal_loss(logits, soft), sigmoid_focal_loss(logits, soft))
+
+
+@pytest.mark.parametrize("kind", ["bce", "focal"])
+def test_maskformers_loss_by_the_plainest_way(kind):
+    """Upsampled masks at every pixel, a cost for every pair, the cheapest pairs of all."""
+    torch.manual_seed(2)
+    logits, classes = torch.randn(1, 4, 6, 8) * 3, torch.randn(1, 4, 4)
+    masks, present = torch.rand(1, 3, 24, 32) > 0.5, torch.tensor([[True, False, True]])
+    masks[0, 0, :12], masks[0, 2, :, :20] = True, False
+    loss = SetLoss(1.0, 20.0, 1.0, 0.1, num_points=None, mask_loss=kind)
+    found = loss(Prediction(logits, classes), masks, present)
+
+    def each(x, y):
+        return sigmoid_focal_loss(x, y) if kind == "focal" else F.binary_cross_entropy_with_logits(x, y, reduction="none")
+
+    def dice(x, y):
+        return 1 - (2 * (x.sigmoid() * y).sum() + 1) / (x.sigmoid().sum() + y.sum() + 1)
+
+    size = {"mode": "bilinear", "align_corners": False}
+    small, large = F.interpolate(masks.float(), (6, 8), **size)[0], F.interpolate(logits, (24, 32), **size)[0]
+
+    def cost(q, k):
+        x, y = logits[0, q], small[k]
+        mask = y * each(x, torch.ones_like(x)) + (1 - y) * each(x, torch.zeros_like(x))  # BCE is linear in the truth anyway
+        return float(-classes[0, q].softmax(-1)[k] + 20 * mask.mean() + dice(x, y))
+
+    best = min(itertools.permutations(range(4), 2), key=lambda qs: cost(qs[0], 0) + cost(qs[1], 2))
+    pairs = list(zip(best, (0, 2), strict=True))
+    assert torch.isclose(found["mask"], 20 * sum(each(large[q], masks[0, k].float()).mean() for q, k in pairs) / 2)
+    assert torch.isclose(found["dice"], sum(dice(large[q], masks[0, k].float()) for q, k in pairs) / 2)
+
+
+def test_a_mask_loss_that_is_none():
+    with pytest.raises(InputError, match="mask_loss: got 'fokal', want one of bce, focal"):
+        SetLoss(mask_loss="fokal")

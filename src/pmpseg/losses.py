@@ -1,10 +1,11 @@
 """Set prediction loss: which query answers which prompt, and how well.
 
 Source: Mask2Former (arXiv 2112.01527, sec. 3.3 and its criterion): Hungarian matching on classification, mask BCE and dice, all
-masks judged at sampled points, the same loss on every layer. Ours: a target is a *prompt that is present* (a class of the list
-or a phrase), so masks may overlap, and pixels marked as ignored count nowhere.
+masks judged at sampled points, the same loss on every layer. MaskFormer's (arXiv 2107.06278, sec. 4.1) is the same with a focal
+loss for the BCE and all pixels for the points. Ours: a target is a *prompt that is present* (a class of the list or a phrase), or
+a segment of one, so masks may overlap, and pixels marked as ignored count nowhere.
 
-Letters: B images, Q queries, K prompts, N matched pairs, P points.
+Letters: B images, Q queries, K prompts, M targets an image, N matched pairs, P points.
 """
 
 import torch
@@ -12,11 +13,16 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .errors import InputError
 from .models.prompts import NOT_ASKED, MaskFactors, Prediction
+from .point_losses import MASK_LOSSES, centres, dice_loss, sample
 
 
 class SetLoss(nn.Module):
-    """Args are Mask2Former's weights; ``num_points`` per mask, of which ``importance`` lie where the mask is unsure."""
+    """Args are Mask2Former's weights; ``num_points`` per mask, of which ``importance`` lie where the mask is unsure; None for all
+    pixels, as MaskFormer has it: those of the targets, and in the matching those of the mask logits. ``mask_loss``: binary
+    cross-entropy, or MaskFormer's ``focal`` form of it.
+    """
 
     def __init__(
         self,
@@ -24,12 +30,16 @@ class SetLoss(nn.Module):
         mask_weight: float = 5.0,
         dice_weight: float = 5.0,
         no_object_weight: float = 0.1,
-        num_points: int = 12544,
+        num_points: int | None = 12544,
         oversample: float = 3.0,
         importance: float = 0.75,
         pixel_weight: float = 0.0,
+        mask_loss: str = "bce",
     ) -> None:
         super().__init__()
+        if mask_loss not in MASK_LOSSES:
+            raise InputError(f"mask_loss: got {mask_loss!r}, want one of {', '.join(MASK_LOSSES)}")
+        self.each_point, self.pair_terms = MASK_LOSSES[mask_loss]
         self.weights = {"class": class_weight, "mask": mask_weight, "dice": dice_weight, "pixel": pixel_weight}
         self.no_object_weight = no_object_weight
         self.num_points, self.oversample, self.importance = num_points, oversample, importance
@@ -41,26 +51,44 @@ class SetLoss(nn.Module):
         present: Tensor,
         counted: Tensor | None = None,
         valid: Tensor | None = None,
+        prompt: Tensor | None = None,
+        prompt_masks: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The weighted parts, summed over layers as in Mask2Former, and their sum ``loss``: scalars.
 
         Args:
             prediction: logits of all layers.
-            masks: (B, K, H, W) bool, the pixels of each prompt, on the same area as the mask logits.
-            present: (B, K) bool, which prompts have something to find; the others must go unnamed.
+            masks: (B, M, H, W) bool, the pixels of each target, on the same area as the mask logits.
+            present: (B, M) bool, which targets are to be found; the others are padding, or prompts that must go unnamed.
             counted: (B, H, W) bool, pixels with a known answer; None counts all.
             valid: (B, K) bool, which prompts are real, for ``prediction.pixel_logits``; None counts all. That loss, too, is
-                divided by the number of ``present`` prompts.
+                divided by the number of ``present`` targets.
+            prompt: (B, M) int64, the prompt of each target, which several may share; None: the targets are the K prompts.
+            prompt_masks: (B, K, H, W) bool, the pixels of each prompt, for ``pixel_logits``; None where ``masks`` are those.
         """
-        if masks.shape[:2] != present.shape:
-            raise ValueError(f"masks: got {tuple(masks.shape)} for present {tuple(present.shape)}, want the same (B, K)")
+        if masks.shape[:2] != present.shape or (prompt is not None and prompt.shape != present.shape):
+            of_prompt = "" if prompt is None else f" and prompt {tuple(prompt.shape)}"
+            got = f"{tuple(masks.shape)} for present {tuple(present.shape)}{of_prompt}"
+            raise ValueError(f"masks: got {got}, want the same (B, M)")
+        if prediction.pixel_logits is not None and prompt is not None and prompt_masks is None:
+            raise ValueError("prompt_masks: got None with pixel_logits and targets of their own, want (B, K, H, W)")
         with torch.autocast(masks.device.type, enabled=False):  # in half precision other pairs would be matched
-            return self._forward(prediction, masks, present, counted, valid)
+            if prompt is None:
+                prompt = torch.arange(present.shape[1], device=present.device).expand_as(present)
+            prompt_masks = masks if prompt_masks is None else prompt_masks
+            return self._forward(prediction, masks, present, counted, valid, prompt, prompt_masks)
 
     def _forward(
-        self, prediction: Prediction, masks: Tensor, present: Tensor, counted: Tensor | None, valid: Tensor | None
+        self,
+        prediction: Prediction,
+        masks: Tensor,
+        present: Tensor,
+        counted: Tensor | None,
+        valid: Tensor | None,
+        prompt: Tensor,
+        prompt_masks: Tensor,
     ) -> dict[str, Tensor]:
-        batch, num_prompts = present.shape
+        batch, num_prompts = len(present), prediction.class_logits.shape[-1] - 1
         layers = [*prediction.aux, (prediction.mask_logits, prediction.class_logits)]
         mask_logits: Masks | Products
         if prediction.factors is not None:
@@ -69,59 +97,70 @@ class SetLoss(nn.Module):
             mask_logits = Masks(torch.cat([m for m, _ in layers]).float())
         class_logits = torch.cat([c for _, c in layers]).float()  # (L * B, Q, K + 1)
         known = torch.ones_like(masks[:, :1], dtype=torch.float32) if counted is None else counted[:, None].float()
-        row, query, prompt = self.match(mask_logits, class_logits, masks, present, known)
+        row, query, target = self.match(mask_logits, class_logits, masks, present, known, prompt)
         image = row % batch
 
-        target = torch.full(class_logits.shape[:2], num_prompts, device=masks.device)
-        target[row, query] = prompt
-        weight = torch.where(target == num_prompts, self.no_object_weight, 1.0)
-        named = F.cross_entropy(class_logits.flatten(0, 1), target.flatten(), reduction="none") * weight.flatten()
+        name = torch.full(class_logits.shape[:2], num_prompts, device=masks.device)
+        name[row, query] = prompt[image, target]
+        weight = torch.where(name == num_prompts, self.no_object_weight, 1.0)
+        named = F.cross_entropy(class_logits.flatten(0, 1), name.flatten(), reduction="none") * weight.flatten()
         # Normalisers are means over all processes: the gradient must not depend on how the batch was shared out.
         total_weight, total_masks = mean_over_ranks(torch.stack([weight.sum(), present.sum().float()]))
         parts = {"class": named.sum() / total_weight * len(layers)}
 
         chosen = mask_logits.of(row, query)  # (N, 1, h, w)
-        points = self.sample_points(chosen)
+        points = self.sample_points(chosen, masks)
         logits, truth, inside = sample(chosen, points)[:, 0], torch.empty_like(points[..., 0]), torch.empty_like(points[..., 0])
         for layer in range(len(layers)):  # one at a time, since whole masks are large
             at = row // batch == layer
             there = known[image[at]]
             inside[at] = sample(there, points[at])[:, 0]
-            truth[at] = sample(within(masks[image[at], prompt[at], None], there), points[at])[:, 0]
+            truth[at] = sample(within(masks[image[at], target[at], None], there), points[at])[:, 0]
         truth = truth / inside.clamp(min=1e-6)  # the share of what is known
-        bce = F.binary_cross_entropy_with_logits(logits, truth, reduction="none") * inside
-        parts["mask"] = (bce.sum(1) / inside.sum(1).clamp(min=1)).sum() / total_masks.clamp(min=1)
+        each = self.each_point(logits, truth) * inside
+        parts["mask"] = (each.sum(1) / inside.sum(1).clamp(min=1)).sum() / total_masks.clamp(min=1)
         parts["dice"] = dice_loss(logits, truth, inside).sum() / total_masks.clamp(min=1)
         if prediction.pixel_logits is not None:
-            real = torch.ones_like(present) if valid is None else valid
-            pixels = pixel_loss(prediction.pixel_logits.float(), within(masks, known), known, real)
+            real = torch.ones_like(prompt_masks[..., 0, 0]) if valid is None else valid
+            pixels = pixel_loss(prediction.pixel_logits.float(), within(prompt_masks, known), known, real)
             parts["pixel"] = pixels / total_masks.clamp(min=1)
         parts = {name: value * self.weights[name] for name, value in parts.items()}
         return {"loss": sum(parts.values()), **parts}
 
     @torch.no_grad()
     def match(
-        self, mask_logits: "Masks | Products", class_logits: Tensor, masks: Tensor, present: Tensor, known: Tensor
+        self,
+        mask_logits: "Masks | Products",
+        class_logits: Tensor,
+        masks: Tensor,
+        present: Tensor,
+        known: Tensor,
+        prompt: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The cheapest one-to-one pairs in every row of the (L * B) batch -> row, query, prompt, each (N,)."""
+        """The cheapest one-to-one pairs in every row of the (L * B) batch -> row, query, target, each (N,)."""
         rows, batch = len(class_logits), len(masks)
         # Of a long list few are present: those come first, and only they are looked at.
         most = max(1, int(present.sum(1).max()))
         index = present.int().argsort(dim=1, descending=True, stable=True)[:, :most]  # (B, M)
         masks = within(masks[torch.arange(batch, device=masks.device)[:, None], index], known)
-        every = index.repeat(rows // batch, 1)[:, None].expand(-1, class_logits.shape[1], -1)  # (L * B, Q, M)
+        names = index if prompt is None else prompt.gather(1, index)
+        every = names.repeat(rows // batch, 1)[:, None].expand(-1, class_logits.shape[1], -1)  # (L * B, Q, M)
         named = -class_logits.softmax(-1).gather(2, every)
         # The same points for all masks of an image; more would not change who is matched.
-        points = torch.rand(batch, self.num_points, 2, device=masks.device)
+        if self.num_points is None:
+            points = centres(mask_logits.size, masks.device).expand(batch, -1, -1)
+        else:
+            points = torch.rand(batch, self.num_points, 2, device=masks.device)
         truth, inside = sample(masks, points), sample(known, points)  # (B, M, P), (B, 1, P)
         logits = mask_logits.at(points)  # (L * B, Q, P)
         truth, inside = (x.repeat(rows // batch, 1, 1) for x in (truth, inside))
         count = inside.sum(-1, keepdim=True).clamp(min=1)
-        # BCE for all pairs at once: softplus(x) - x * y summed over points.
-        bce = ((F.softplus(logits) * inside).sum(-1)[..., None] - logits @ truth.mT) / count
+        # The mask loss of all pairs at once: outside(x) + difference(x) * y summed over points.
+        outside, difference = self.pair_terms(logits)
+        each = ((outside * inside).sum(-1)[..., None] + difference @ truth.mT) / count
         prob = logits.sigmoid() * inside
         dice = 1 - (2 * prob @ truth.mT + 1) / (prob.sum(-1)[..., None] + truth.sum(-1)[:, None] + 1)
-        cost = self.weights["class"] * named + self.weights["mask"] * bce + self.weights["dice"] * dice  # (L * B, Q, M)
+        cost = self.weights["class"] * named + self.weights["mask"] * each + self.weights["dice"] * dice  # (L * B, Q, M)
         # A query that is not asked a prompt, where each has queries of its own, cannot answer it.
         cost = cost.masked_fill(class_logits.gather(2, every) <= NOT_ASKED, 1e6)
         cost = torch.nan_to_num(cost, nan=1e6, posinf=1e6, neginf=-1e6).cpu()
@@ -130,13 +169,17 @@ class SetLoss(nn.Module):
         for at in range(rows):
             q, k = linear_sum_assignment(cost[at, :, : counts[at % batch]].numpy())
             found.append((torch.full((len(q),), at), torch.from_numpy(q), index[at % batch, torch.from_numpy(k)]))
-        row, query, prompt = (torch.cat(x).to(masks.device) for x in zip(*found, strict=True))
-        return row, query, prompt
+        row, query, target = (torch.cat(x).to(masks.device) for x in zip(*found, strict=True))
+        return row, query, target
 
     @torch.no_grad()
-    def sample_points(self, logits: Tensor) -> Tensor:
-        """Points for each of N masks (N, 1, h, w) -> (N, P, 2) in [0, 1]: mostly the least sure of many, the rest anywhere."""
+    def sample_points(self, logits: Tensor, masks: Tensor) -> Tensor:
+        """Points for each of N masks (N, 1, h, w) -> (N, P, 2) in [0, 1]: mostly the least sure of many, the rest anywhere; or
+        all pixels of the targets' ``masks`` (..., H, W).
+        """
         count = len(logits)
+        if self.num_points is None:
+            return centres(masks.shape[-2:], logits.device).expand(count, -1, -1)
         many = torch.rand(count, int(self.num_points * self.oversample), 2, device=logits.device)
         unsure = int(self.num_points * self.importance)
         best = sample(logits, many)[:, 0].abs().topk(unsure, 1, largest=False).indices if count else many[:, :unsure, 0].long()
@@ -148,7 +191,7 @@ class Masks:
     """Mask logits (L * B, Q, h, w) as they are."""
 
     def __init__(self, logits: Tensor) -> None:
-        self.logits = logits
+        self.logits, self.size = logits, logits.shape[-2:]
 
     def at(self, points: Tensor) -> Tensor:
         """At points (B, P, 2) of each image -> (L * B, Q, P)."""
@@ -166,6 +209,7 @@ class Products:
 
     def __init__(self, factors: MaskFactors) -> None:
         self.embedding, self.features = (x.float() for x in factors)
+        self.size = self.features.shape[-2:]
 
     def at(self, points: Tensor) -> Tensor:
         return (self.embedding @ sample(self.features, points)).flatten(0, 1)
@@ -192,20 +236,6 @@ def pixel_loss(logits: Tensor, masks: Tensor, known: Tensor, valid: Tensor) -> T
     truth = truth / inside.clamp(min=1e-6)
     bce = (F.binary_cross_entropy_with_logits(logits, truth, reduction="none") * inside).flatten(2).sum(-1)
     return (bce / inside.flatten(2).sum(-1).clamp(min=1) * valid).sum()
-
-
-def dice_loss(logits: Tensor, truth: Tensor, inside: Tensor) -> Tensor:
-    """1 - soft dice over points that count, with one added to both sides; (N, P) each -> (N,)."""
-    prob, truth = logits.sigmoid() * inside, truth * inside
-    return 1 - (2 * (prob * truth).sum(1) + 1) / (prob.sum(1) + truth.sum(1) + 1)
-
-
-def sample(maps: Tensor, points: Tensor) -> Tensor:
-    """Bilinear values of maps (B, C, H, W) at points (B, P, 2) given as (x, y) in [0, 1] -> (B, C, P).
-
-    The outermost half pixel has the edge's value; Mask2Former's fades to 0 there, as if nothing were to be sure of at an edge.
-    """
-    return F.grid_sample(maps, 2 * points[:, :, None] - 1, padding_mode="border", align_corners=False)[..., 0]
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ class PMP(nn.Module):
         pixel_decoder: ``fpn``, ``fpn_light`` or ``deformable``; the latter has ``encoder_layers`` of ``encoder_ffn_dim``.
         dim, num_queries, num_layers, num_heads, ffn_dim: of the decoders; Mask2Former has 256, 100, 9, 8, 2048.
         decoder: ``masked`` (Mask2Former) or ``plain`` (MaskFormer, DETR), which looks at the backbone's last map.
-        prompt_*, named_by, mask_pooling: see ``QueryDecoder``; ``prompt_attention="none"`` for blind proposals.
+        prompt_*, named_by, mask_pooling, name_*, dropout: see ``QueryDecoder``; ``prompt_attention="none"`` for blind proposals.
         pixel_head: also name every pixel in training, for an auxiliary loss.
         num_classes: of a closed list, named where ``prompts`` is None.
     """
@@ -69,6 +69,9 @@ class PMP(nn.Module):
         mask_pooling: str = "soft",
         pixel_head: bool = False,
         num_classes: int | None = None,
+        dropout: float = 0.0,
+        name_hidden: int | None = None,
+        name_scale: float | None = None,
     ) -> None:
         given = dict(locals())
         super().__init__()
@@ -98,6 +101,9 @@ class PMP(nn.Module):
             mask_pooling=mask_pooling,
             pixel_head=pixel_head,
             num_classes=num_classes,
+            dropout=dropout,
+            name_hidden=name_hidden,
+            name_scale=name_scale,
         )
         #: Images, and masks of their pixels, are padded to multiples of it.
         self.pad = max(MASK_STRIDE, self.backbone.pad)
@@ -111,10 +117,10 @@ class PMP(nn.Module):
     def from_transformers(cls, source: Any, text_dim: int = 512, **prompt_options: Any) -> "PMP":
         """A Mask2Former or MaskFormer from transformers (a model, its folder or a hub id) as a PMP with the same weights.
 
-        With ``prompts=None`` it answers as the original does. ``prompt_options``: ``QueryDecoder``'s ``prompt_*``, ``named_by``
-        and ``mask_pooling``; with the default gate the masks of any prompts are the original's at first, bit for bit. Raises
-        InputError for another model, or for a setting of it that has no counterpart here; only dropout, which MaskFormer's
-        decoder has in training, is left out without a word.
+        With ``prompts=None`` it answers as the original does. ``prompt_options``: ``QueryDecoder``'s ``prompt_*``, ``named_by``,
+        ``mask_pooling``, ``name_*`` and ``dropout``, which is not taken over; with the default gate the masks of any prompts are
+        the original's at first, bit for bit. Raises InputError for another model, or for a setting of it that has no counterpart
+        here.
         """
         from .from_transformers import convert
 

@@ -32,6 +32,8 @@ CHOICES = {
     "mask_pooling": ("soft", "hard"),
 }
 
+LARGEST_SCALE = 100.0  # CLIP's, of cosines
+
 
 class Features(NamedTuple):
     """An encoded image, good for any number of decodes: mask features (B, D, h, w) and levels, coarse first.
@@ -75,6 +77,11 @@ class QueryDecoder(nn.Module):
     that has read a prompt can repeat it whatever is there; what is under the mask cannot. ``mask_pooling``: the mean weighted
     by the mask's probability, ``soft``, or over the pixels above one half, ``hard``, as FC-CLIP has it.
 
+    A two-layer MLP makes an embedding of that, ``name_hidden`` wide between (None: ``dim``; OVSeg has 1024). ``name_scale``: what
+    its cosines are multiplied by, fixed (OVSeg has 100), or None: learned, from 20 to 100 at most.
+
+    ``dropout``: of attentions and activations in training, where DETR has it; MaskFormer has 0.1, Mask2Former none.
+
     ``num_classes``: of a closed list, named by a linear layer where no prompts are given; None for no such list.
     """
 
@@ -97,10 +104,19 @@ class QueryDecoder(nn.Module):
         mask_pooling: str = "soft",
         pixel_head: bool = False,
         num_classes: int | None = None,
+        dropout: float = 0.0,
+        name_hidden: int | None = None,
+        name_scale: float | None = None,
     ) -> None:
         super().__init__()
         check_sizes(dim, num_heads, num_queries=num_queries, num_layers=num_layers, ffn_dim=ffn_dim)
         given = locals()
+        if not 0 <= dropout < 1:
+            raise InputError(f"dropout: got {dropout}, want 0 to below 1")
+        if name_hidden is not None and name_hidden < 1:
+            raise InputError(f"name_hidden: got {name_hidden}, want 1 or more, or null for dim ({dim})")
+        if name_scale is not None and not 0 < name_scale <= LARGEST_SCALE:
+            raise InputError(f"name_scale: got {name_scale}, want above 0 to {LARGEST_SCALE:g}, or null to learn it")
         for name, known in CHOICES.items():
             if given[name] not in known:
                 raise InputError(f"{name}: got {given[name]!r}, want one of {', '.join(known)}")
@@ -119,15 +135,16 @@ class QueryDecoder(nn.Module):
             # What prompts read in the last layer that reads them nobody would read.
             writes = prompt_direction == "both" and i in reading[:-1]
             guide = PromptAttention(dim, num_heads, prompt_gate == "zero", writes) if i in reading else None
-            layers.append(DecoderLayer(dim, num_heads, ffn_dim, self.masked, guide, prompt_place))
+            layers.append(DecoderLayer(dim, num_heads, ffn_dim, self.masked, guide, prompt_place, dropout))
         self.layers = nn.ModuleList(layers)
 
         self.norm = nn.LayerNorm(dim)
         self.mask_head = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
         self.under_mask = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim)) if named_by != "query" else None
-        self.name_head = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, text_dim))
+        hidden = name_hidden or dim
+        self.name_head = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, text_dim))
         self.no_object = nn.Parameter(torch.randn(text_dim) * text_dim**-0.5)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(20.0)))
+        self.log_scale = nn.Parameter(torch.tensor(math.log(name_scale or 20.0)), requires_grad=name_scale is None)
         # Not trained with prompts, which is what this package trains: every trainable parameter must reach the loss.
         self.class_head = nn.Linear(dim, num_classes + 1).requires_grad_(False) if num_classes else None
         # Names pixels directly. Only its loss is used: a backbone learns what things are faster than through matched queries.
@@ -208,7 +225,7 @@ class QueryDecoder(nn.Module):
             return mask_logits, self.class_head(query), mask_embedding
         embedding = F.normalize(self.name_head(self._evidence(query, mask_logits, features)).float(), dim=-1)  # (B, Q, E)
         with torch.autocast(query.device.type, enabled=False):  # cosines times 100 need more than 8 bits
-            scale = self.log_scale.float().clamp(max=math.log(100.0)).exp()
+            scale = self.log_scale.float().clamp(max=math.log(LARGEST_SCALE)).exp()
             class_logits = scale * torch.einsum("bqe,bke->bqk", embedding, names)  # (B, Q, K + 1)
         class_logits = class_logits.masked_fill(~F.pad(prompts.valid, (0, 1), value=True)[:, None], NOT_ASKED)
         return mask_logits, class_logits, mask_embedding
@@ -245,19 +262,28 @@ class QueryDecoder(nn.Module):
 
 class DecoderLayer(nn.Module):
     """Image attention and self-attention (in the other order if not ``masked``), then FFN, each with a residual and a norm after
-    it; the prompts are read at ``prompt_place``, if there is a ``guide``.
+    it; the prompts are read at ``prompt_place``, if there is a ``guide``. ``dropout`` of attentions, of the FFN's hidden layer,
+    and of what is added to the residual.
     """
 
     def __init__(
-        self, dim: int, num_heads: int, ffn_dim: int, masked: bool, guide: PromptAttention | None, prompt_place: str
+        self,
+        dim: int,
+        num_heads: int,
+        ffn_dim: int,
+        masked: bool,
+        guide: PromptAttention | None,
+        prompt_place: str,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.order = ("image", "self") if masked else ("self", "image")
         self.guide, self.prompt_place = guide, prompt_place
-        self.image_attention, self.image_norm = Attention(dim, num_heads), nn.LayerNorm(dim)
-        self.self_attention, self.self_norm = Attention(dim, num_heads), nn.LayerNorm(dim)
+        self.image_attention, self.image_norm = Attention(dim, num_heads, dropout), nn.LayerNorm(dim)
+        self.self_attention, self.self_norm = Attention(dim, num_heads, dropout), nn.LayerNorm(dim)
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.ReLU(), nn.Linear(ffn_dim, dim))
         self.ffn_norm = nn.LayerNorm(dim)
+        self.drop = nn.Dropout(dropout)
 
     def forward(
         self,
@@ -272,11 +298,12 @@ class DecoderLayer(nn.Module):
             at = query + query_position
             if part == "image":
                 allowed = None if blocked is None else ~blocked[:, None]
-                query = self.image_norm(query + self.image_attention(at, image + image_position, image, allowed))
+                query = self.image_norm(query + self.drop(self.image_attention(at, image + image_position, image, allowed)))
             else:
-                query = self.self_norm(query + self.self_attention(at, at, query))
+                query = self.self_norm(query + self.drop(self.self_attention(at, at, query)))
             query, text = self.read_at(f"after_{part}", query, query_position, text)
-        return self.ffn_norm(query + self.ffn(query)), text
+        hidden = self.drop(self.ffn[:2](query))
+        return self.ffn_norm(query + self.drop(self.ffn[2](hidden))), text
 
     def read_at(self, place: str, query: Tensor, query_position: Tensor, text: Text | None) -> tuple[Tensor, Text | None]:
         """Queries and text after they have read each other, if ``place`` is where they do."""

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning import LightningModule
 from torch import Tensor
+from torch.nn import functional as F
 
 from pmpseg.data.base import IGNORE
 from pmpseg.errors import InputError
@@ -107,6 +108,51 @@ def prompt_targets(batch: dict[str, Any]) -> Tensor:
     return batch["labels"][:, None] == batch["prompt_class"][..., None, None]
 
 
+class Targets(NamedTuple):
+    """What is to be found in a batch of B images, M things at most in one: a prompt that is there, or a segment of one.
+
+    masks (B, M, H, W) bool, present (B, M) bool (the others are padding), prompt (B, M) int64.
+    """
+
+    masks: Tensor
+    present: Tensor
+    prompt: Tensor
+
+    def of_prompts(self, count: int) -> Tensor:
+        """Which of ``count`` prompts are there, (B, K) bool."""
+        there = self.present.new_zeros(len(self.present), count + 1)
+        return there.scatter(1, torch.where(self.present, self.prompt, count), True)[:, :count]
+
+
+def find_targets(batch: dict[str, Any], valid: Tensor) -> Targets:
+    """The segments of a batch, where it has them, or its prompts; of ``valid`` (B, K) prompts only.
+
+    Of a list of hundreds of classes a few are in an image: only their masks are made.
+    """
+    if "prompt_masks" in batch:
+        masks = batch["prompt_masks"]
+        prompt = torch.arange(masks.shape[1], device=masks.device).expand_as(valid)
+        return Targets(masks, valid & masks.flatten(2).any(-1), prompt)
+    if "segments" in batch:
+        numbers, prompt = batch["segments"], F.pad(batch["segment_prompt"], (0, 1), value=-1)  # one column at least
+        value = torch.arange(prompt.shape[1], device=prompt.device).expand_as(prompt)
+        asked = (prompt >= 0) & valid.gather(1, prompt.clamp(min=0))
+    else:
+        numbers, value = batch["labels"], batch["prompt_class"]
+        prompt = torch.arange(value.shape[1], device=value.device).expand_as(value)
+        asked = (value >= 0) & valid
+    # Which numbers occur, -1 in a column of its own: it costs one look at a map, where a mask of each prompt costs K.
+    most = 1 + int(torch.maximum(numbers.max(), value.max()).clamp(min=0))
+    occurs = torch.zeros(len(numbers), most + 1, dtype=torch.bool, device=numbers.device)
+    occurs = occurs.scatter(1, torch.where(numbers < 0, most, numbers).flatten(1), True)
+    present = asked & occurs.gather(1, value.clamp(min=0))
+    count = max(1, int(present.sum(1).max()))
+    index = present.int().argsort(dim=1, descending=True, stable=True)[:, :count]
+    value, present, prompt = (x.gather(1, index) for x in (value, present, prompt))
+    masks = (numbers[:, None] == value[..., None, None]) & present[..., None, None]
+    return Targets(masks, present, prompt.clamp(min=0))
+
+
 def counted_pixels(batch: dict[str, Any]) -> Tensor:
     """The pixels that a loss looks at, (B, H, W) bool: the labelled ones; or all, where prompts bring their own masks, since
     what is outside of these is known not to be meant."""
@@ -119,6 +165,16 @@ def cosine(steps: int, warmup: int, lowest: float = 0.0) -> Callable[[int], floa
     def factor(step: int) -> float:
         warm = min(1.0, (step + 1) / max(1, warmup))
         return warm * (lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
+
+    return factor
+
+
+def poly(steps: int, warmup: int, first: float = 1e-6, power: float = 0.9) -> Callable[[int], float]:
+    """The same for detectron2's WarmupPolyLR: a power of what is left, and a linear warm-up from the share ``first``."""
+
+    def factor(step: int) -> float:
+        warm = 1.0 if step >= warmup else first + (1 - first) * step / warmup
+        return warm * max(0.0, 1 - step / steps) ** power
 
     return factor
 

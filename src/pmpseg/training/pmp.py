@@ -15,7 +15,9 @@ from pmpseg.models.clip import TextEncoder
 from pmpseg.models.pmp import PMP
 from pmpseg.models.token_towers import build_token_backbone
 
-from .base import EvaluatedModule, check_prompting, cosine, counted_pixels, parameter_groups, prompt_targets
+from .base import EvaluatedModule, check_prompting, cosine, counted_pixels, find_targets, parameter_groups, poly, prompt_targets
+
+SCHEDULES = ("cosine", "poly")
 
 
 class PMPModule(EvaluatedModule):
@@ -41,6 +43,7 @@ class PMPModule(EvaluatedModule):
         num_layers: of the query decoder; Mask2Former has 9.
         num_heads: of its attentions.
         ffn_dim: of its feed-forward parts; Mask2Former has 2048.
+        dropout: share of its activations and attentions that is dropped in training; MaskFormer has 0.1, Mask2Former none.
         prompt_attention: what queries read of a prompt in every layer: one pooled embedding, its word tokens, none of it (blind
             proposals), or, as a control, another image's (shuffled).
         prompt_place: whether they read first in a layer, after their look at the image, or after their look at each other.
@@ -50,17 +53,22 @@ class PMPModule(EvaluatedModule):
         prompt_queries: shared by all prompts, or repeated: each prompt is decoded alone, which costs as many decodes.
         named_by: what a query is named by: itself, the image features under its mask, or both.
         mask_pooling: whether those features are weighted by the mask's probability (soft), or those above one half count (hard).
+        name_hidden: width of the hidden layer that makes what a query is named by an embedding; null: ``dim``; OVSeg has 1024.
+        name_scale: what cosines are multiplied by in naming; null: it is learned, from 20 to 100 at most; OVSeg has 100.
         few_prompts: share of training images whose queries are asked one to three of the prompts only, as users ask; a pixel
             loss sees all of them nevertheless.
-        lr: of AdamW, after a linear warm-up; then it falls to zero as a cosine.
+        lr: of AdamW, after a linear warm-up; then it falls to zero, as ``schedule`` says.
         backbone_lr_factor: how much slower the pretrained part of the backbone learns.
         weight_decay: of matrices; norms, biases and embeddings have none.
         warmup_steps: steps of the warm-up.
+        schedule: cosine, or poly: detectron2's WarmupPolyLR, power 0.9.
+        warmup_factor: of poly: the share of the rate that the warm-up begins with; OVSeg has 1e-6.
         class_weight: of the loss on names, as in Mask2Former.
-        mask_weight: of the binary cross-entropy of masks.
+        mask_weight: of ``mask_loss``.
         dice_weight: of their dice loss.
         no_object_weight: of queries that match nothing, in the loss on names.
-        num_points: points at which a mask is judged; Mask2Former has 12,544.
+        num_points: points at which a mask is judged; Mask2Former has 12,544. null: at all pixels, as MaskFormer has it.
+        mask_loss: binary cross-entropy of masks, or its focal form, with alpha 0.25 and gamma 2 as MaskFormer has it.
         pixel_weight: of a further loss that names every pixel directly; 0 leaves it out.
         examples: prompts may also be images: those of the data's supports, embedded by the image side of ``text``, a CLIP.
         text_weight: range of the text's share in a prompt that has an example; [1, 1] is text only.
@@ -89,6 +97,7 @@ class PMPModule(EvaluatedModule):
         num_layers: int = 3,
         num_heads: int = 8,
         ffn_dim: int = 512,
+        dropout: float = 0.0,
         prompt_attention: Literal["none", "pooled", "tokens", "shuffled"] = "pooled",
         prompt_place: Literal["first", "after_image", "after_self"] = "first",
         prompt_direction: Literal["read", "both"] = "read",
@@ -97,17 +106,22 @@ class PMPModule(EvaluatedModule):
         prompt_queries: Literal["shared", "repeated"] = "shared",
         named_by: Literal["query", "mask", "both"] = "mask",
         mask_pooling: Literal["soft", "hard"] = "soft",
+        name_hidden: int | None = None,
+        name_scale: float | None = None,
         few_prompts: float = 0.0,
         lr: float = 1e-3,
         backbone_lr_factor: float = 0.3,
         weight_decay: float = 0.05,
         warmup_steps: int = 50,
+        schedule: Literal["cosine", "poly"] = "cosine",
+        warmup_factor: float = 1e-6,
         class_weight: float = 2.0,
         mask_weight: float = 5.0,
         dice_weight: float = 5.0,
         no_object_weight: float = 0.1,
-        num_points: int = 1024,
+        num_points: int | None = 1024,
         pixel_weight: float = 0.0,
+        mask_loss: Literal["bce", "focal"] = "bce",
         examples: bool = False,
         text_weight: tuple[float, float] = (0.0, 1.0),
         visual_prompt: str = "crop_blur_highlight",
@@ -118,6 +132,11 @@ class PMPModule(EvaluatedModule):
         super().__init__()
         if not 0 <= few_prompts <= 1:
             raise InputError(f"few_prompts: got {few_prompts}, want 0 to 1, a share of the images")
+        if schedule not in SCHEDULES or not 0 <= warmup_factor <= 1:
+            got = f"got {schedule!r}, {warmup_factor}"
+            raise InputError(f"schedule, warmup_factor: {got}, want one of {', '.join(SCHEDULES)}, and 0 to 1")
+        if num_points is not None and num_points < 1:
+            raise InputError(f"num_points: got {num_points}, want 1 or more, or null for all pixels")
         check_prompting(text_weight, visual_prompt, prompt_size)
         self.save_hyperparameters()
         self.text = TextEncoder(shipped_or(text), templates)
@@ -130,6 +149,9 @@ class PMPModule(EvaluatedModule):
             "prompt_queries": prompt_queries,
             "named_by": named_by,
             "mask_pooling": mask_pooling,
+            "name_hidden": name_hidden,
+            "name_scale": name_scale,
+            "dropout": dropout,
             "pixel_head": pixel_weight > 0,
         }
         if start_from:
@@ -156,7 +178,8 @@ class PMPModule(EvaluatedModule):
         self.network.to(memory_format=torch.channels_last)  # several times faster for depthwise convolutions on CPUs
         self.backbone_source = backbone_weights
         self.image_encoder = build_token_backbone("clip", shipped_or(text)) if examples else None
-        self.loss = SetLoss(class_weight, mask_weight, dice_weight, no_object_weight, num_points, pixel_weight=pixel_weight)
+        weights = class_weight, mask_weight, dice_weight, no_object_weight
+        self.loss = SetLoss(*weights, num_points, pixel_weight=pixel_weight, mask_loss=mask_loss)
 
     def setup(self, stage: str) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -171,14 +194,16 @@ class PMPModule(EvaluatedModule):
 
     def training_step(self, batch: dict[str, Any], _: int) -> Tensor:
         prompts = self.prompts_of(batch)
-        masks = prompt_targets(batch)
-        present = prompts.valid & masks.flatten(2).any(-1)
-        asked = keep_few(prompts.valid, present, self.hparams["few_prompts"])
+        targets = find_targets(batch, prompts.valid)
+        asked = keep_few(prompts.valid, targets.of_prompts(prompts.valid.shape[1]), self.hparams["few_prompts"])
         prediction = self.network(batch["image"].float() / 255, replace(prompts, valid=asked))
-        counted = counted_pixels(batch)
+        present = targets.present & asked.gather(1, targets.prompt)
         # The network's masks cover the padded image.
-        masks, counted = pad_to(masks, self.network.pad), pad_to(counted, self.network.pad)
-        losses = self.loss(prediction, masks, present & asked, counted, prompts.valid)
+        masks, counted = (pad_to(x, self.network.pad) for x in (targets.masks, counted_pixels(batch)))
+        every = None  # prompt's mask, which naming pixels looks at, present or not
+        if prediction.pixel_logits is not None:
+            every = pad_to(prompt_targets(batch), self.network.pad)
+        losses = self.loss(prediction, masks, present, counted, prompts.valid, targets.prompt, every)
         for name, value in losses.items():
             self.log(f"train/{name}", value.detach(), prog_bar=name == "loss", batch_size=len(masks))
         return losses["loss"]
@@ -187,7 +212,10 @@ class PMPModule(EvaluatedModule):
         steps, p = self.trainer.estimated_stepping_batches, self.hparams
         backbone_lr_factor = p["backbone_lr_factor"] if p["start_from"] or p["backbone_weights"] else 1.0
         optimizer = torch.optim.AdamW(parameter_groups(self.network, p["lr"], backbone_lr_factor, p["weight_decay"]))
-        factor = cosine(int(steps), p["warmup_steps"])
+        if p["schedule"] == "poly":
+            factor = poly(int(steps), p["warmup_steps"], p["warmup_factor"])
+        else:
+            factor = cosine(int(steps), p["warmup_steps"])
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
