@@ -137,7 +137,8 @@ def read_mat(path: Path) -> np.ndarray:
         raise InputError(f"{path} has no LabelMap: it is no annotation of Pascal Context") from None
     except broken as error:
         raise InputError(f"{path}: cannot be read as a .mat file ({str(error) or type(error).__name__})") from None
-    if labels.ndim != 2 or not labels.size or not np.issubdtype(labels.dtype, np.number) or labels.min() < 0 or labels.max() > NUMBER:
+    is_map = labels.ndim == 2 and labels.size and np.issubdtype(labels.dtype, np.integer)
+    if not is_map or labels.min() < 0 or labels.max() > NUMBER:
         raise InputError(f"{path}: LabelMap is {labels.dtype} {labels.shape}, want (H, W) of 0..{NUMBER}")
     return labels.astype(np.int64)
 
