@@ -25,7 +25,7 @@ from pmpseg.report import rows
 from pmpseg.views import Views
 from pmpseg.vocabulary import Vocabulary
 
-TINY = {"backbone": "clip", "backbone_weights": None, "dim": 32, "num_queries": 6, "num_layers": 2, "num_heads": 4, "ffn_dim": 32}
+TINY = {"backbone": "conv", "dim": 32, "num_queries": 16, "num_layers": 2, "num_heads": 4, "ffn_dim": 32}
 COUNT = 847
 
 
@@ -34,7 +34,12 @@ def model(tmp_path_factory) -> Path:
     """The folder of a PMP that nobody trained, and that has learned the names of two classes of VOC."""
     torch.manual_seed(0)
     text = TextEncoder(evaluate_text())
-    network = PMP(text_dim=text.dim, **TINY | {"backbone": "conv"})
+    network = PMP(text_dim=text.dim, **TINY, named_by="query")
+    with torch.no_grad():  # queries that differ, and so do their names and masks
+        network.query_decoder.query.normal_()
+        network.query_decoder.query_position.normal_()
+        network.query_decoder.log_scale.fill_(4.0)
+        network.query_decoder.mask_head[-1].weight.mul_(10)
     folder = tmp_path_factory.mktemp("pmp") / "model"
     Segmenter(network, text, Vocabulary.of(["dog", "cow", "grass"], unseen=[1]), 48).save(folder)
     return folder
@@ -114,6 +119,9 @@ def test_847_classes_against_plain_numpy(tmp_path):
     assert scores["fwiou"] == pytest.approx((iou * truth).sum() / truth.sum(), abs=1e-6)
     np.testing.assert_allclose(scores["iou"].numpy(), np.where(truth > 0, iou, np.nan), atol=1e-6)
     assert scores["usage"]["images"] == 50
+
+    evaluate.evaluate(segmenter, data, save_labels=tmp_path / "whole", chunk=COUNT)  # all classes at once: the same labels
+    assert all(path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes() for path in (tmp_path / "labels").iterdir())
 
 
 def test_the_truth_is_not_seen(model, tmp_path, monkeypatch):
@@ -293,6 +301,29 @@ def test_clipseg_is_asked_in_squares(voc, tmp_path):
     assert "miou_unseen" not in saved  # nobody says what it learned from masks
 
 
+def test_chunks_of_classes_change_nothing(model, voc, tmp_path):
+    for chunk in ("1", "64"):
+        args = ["--class-chunk", chunk, "--save-labels", str(tmp_path / chunk), "--window", "32"]
+        evaluate.main(options(model, voc, tmp_path / f"out{chunk}", *args))
+    files = sorted(path.relative_to(tmp_path / "1") for path in (tmp_path / "1").rglob("*.png"))
+    assert len(files) == 14 and all((tmp_path / "1" / file).read_bytes() == (tmp_path / "64" / file).read_bytes() for file in files)
+
+
+def test_oracles(model, voc, tmp_path):
+    """Proposals with the truth's classes beat the same ones with their own; true masks are named by the second stage alone."""
+    plain = evaluate.main(options(model, voc, tmp_path))["pascal_voc_20"]
+    best = evaluate.main(options(model, voc, tmp_path, "--oracle", "classes"))["pascal_voc_20"]
+    assert best["pixel_accuracy"] > plain["pixel_accuracy"] + 0.02
+    args = ["--oracle", "masks", "--region", "tiny_clip", "--save-labels", str(tmp_path / "labels")]
+    evaluate.main(options(model, voc, tmp_path, *args))
+    assert json.loads((tmp_path / "pascal_voc_20.json").read_text())["oracle"] == "masks"
+    truth = np.array(Image.open(voc / "VOCdevkit/VOC2012/SegmentationClass/0.png")).astype(int)
+    found = np.array(Image.open(tmp_path / "labels" / "pascal_voc_20" / "0.png"))
+    for value in set(np.unique(truth)) - {0, 255}:
+        assert len(np.unique(found[truth == value])) == 1  # a true mask has one name
+    assert (found[truth == 255] == 255).all()
+
+
 def test_names_only(model, voc, tmp_path):
     evaluate.main(options(model, voc, tmp_path, "--names-only"))
     classes = json.loads((tmp_path / "pascal_voc_20.json").read_text())["classes"]
@@ -309,6 +340,8 @@ def test_names_only(model, voc, tmp_path):
         (["--benchmark", "all", "--ensemble-weight", "2"], "--ensemble-weight: got 2, want 0 .* to 1"),
         (["--benchmark", "all", "--ensemble-weight", "0.5"], "this model has none: add --region"),
         (["--benchmark", "all", "--devices", "0"], "--devices: got 0, want 1 or more"),
+        (["--benchmark", "all", "--oracle", "classes", "--flip"], "an oracle looks once: leave windows, scales and flips out"),
+        (["--benchmark", "all", "--class-chunk", "0"], "--class-chunk: got 0, want 1 or more"),
         (["--root", "x"], "--root is for benchmarks: add --benchmark"),
         (["--ensemble-weight", "paper"], "--ensemble-weight is for benchmarks"),
         (["--benchmark", "ade20k_847", "--root", "nowhere"], "nowhere.*prepare_ade20k_full"),

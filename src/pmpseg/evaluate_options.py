@@ -88,7 +88,8 @@ def check(options: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
     weight = options.ensemble_weight
     if weight not in (None, "paper") and not 0 <= _number("--ensemble-weight", weight) <= 1:
         raise InputError(f"--ensemble-weight: got {weight}, want 0 (no second stage) to 1 (only that one), or 'paper'")
-    views_of(options)
+    if not views_of(options).is_plain and options.oracle:
+        raise InputError("an oracle looks once: leave windows, scales and flips out")
     benchmarks = _benchmarks(options.benchmark)
     if benchmarks and options.config:
         raise InputError("got both -c and --benchmark: give one of them")

@@ -97,7 +97,7 @@ class Evaluator(nn.Module):
         if not class_list and not (self.views.is_plain and oracle is None):
             raise InputError("windows, scales, flips and oracles are for class lists, and this data has phrases only")
         if oracle and not self.views.is_plain:
-            raise InputError("an oracle looks once: leave windows, scales and flips out")
+            raise ValueError("an oracle looks once: got views and an oracle, want one of them")
         self.vocabulary, self.phrase_mode, self.form = vocabulary, phrase_mode, form or PromptForm()
         self.class_factors, self.ignore_labels, self.phrase_classes = class_factors, ignore_labels, phrase_classes
         self.classes = None
