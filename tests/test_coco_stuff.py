@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import runpy
 import shutil
 import zipfile
 from pathlib import Path
@@ -23,6 +24,7 @@ from pmpseg.data.json_lists import visit_lists
 from pmpseg.errors import InputError
 from pmpseg.vocabulary import Vocabulary
 
+SCRIPTS = Path(__file__).parents[1] / "scripts"
 SPLIT_156 = Path(__file__).parents[1] / "src" / "pmpseg" / "assets" / "vocab" / "coco_stuff_156.txt"
 
 
@@ -502,3 +504,34 @@ def test_the_generated_set_has_many_classes_and_is_the_same_each_time():
     assert len(shown) >= 30
     again = MAKE["draw"]("train", 15, 480)
     assert again == one
+
+
+def config(root: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    options = "segments: things, captions: true, image_size: 96, num_prompts: 30, batch_size: 4"
+    path.write_text(f"data:\n  class_path: pmpseg.data.CocoStuff\n  init_args: {{root: {root}, {options}}}\n")
+    return path
+
+
+def test_show_batch_draws_what_training_sees(folders, tmp_path):
+    script = runpy.run_path(str(SCRIPTS / "show_batch.py"))
+    options = ["--images", "2", "--side", "96", "--out", str(tmp_path / "grid.png")]
+    script["main"](["-c", str(config(folders, tmp_path)), *options, "--data.colour=0", "--data.flip", "0"])
+    drawn = np.array(Image.open(tmp_path / "grid.png"))
+    image = data(folders, colour=0, flip=0).dataset("train")[0]["image"].permute(1, 2, 0).numpy()
+    windows = np.lib.stride_tricks.sliding_window_view(drawn, (96, 96, 3))[::, ::, 0]
+    corners = np.argwhere((windows[..., 0, 0, :] == image[0, 0]).all(-1) & (windows[..., -1, -1, :] == image[-1, -1]).all(-1))
+    assert any(np.array_equal(windows[y, x], image) for y, x in corners)
+    with pytest.raises(InputError, match=r"unexpected argument '--model.lr': want --data.NAME VALUE"):
+        script["main"](["-c", str(config(folders, tmp_path)), "--model.lr", "1"])
+
+
+def test_bench_loading_compares_folders_and_zips(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    root = make(tmp_path / "both", 8, 1, folders=True, zips=True)
+    options = ["-c", str(config(root, tmp_path)), "--images", "8", "--workers", "1", "--turns", "1"]
+    runpy.run_path(str(SCRIPTS / "bench_loading.py"))["main"](options)
+    said = capsys.readouterr().out
+    for words in ("folders: ", "zips: ", "read and decode", "things", "augment", "collate", "loader with no", "loader with 1"):
+        assert words in said
+    assert said.count("1.00x") >= 2 and said.count("%") == 10

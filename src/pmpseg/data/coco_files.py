@@ -58,7 +58,7 @@ class CocoFiles:
 
     def __init__(self, root: Path, split: str, expect: int | None = None) -> None:
         self.images, self.maps = (_store(root, what, split) for what in PLACES)
-        self.names = np.array([name.encode() for name in self.images.sorted_names])
+        self.names = np.array([name.encode() for name in self.images.sorted_names], dtype=bytes)
         stems, maps = (_stems(store) for store in (self.images, self.maps))
         for one, other, what, wanted in ((stems, maps, "label map", self.maps), (maps, stems, "image", self.images)):
             alone = sorted(one.keys() - other.keys())

@@ -11,7 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -43,13 +43,15 @@ class ImageStore:
         rows: dict[bytes, tuple] = {}
         for number, place in enumerate(self.places):
             self._files.append(_file_of(place))
+            anywhere = under is None or place.is_dir()
             for path, *entry in _listed(place):
                 parents, _, name = path.rpartition("/")
-                inside = under is None or place.is_dir() or PurePosixPath(parents).name == under
+                inside = anywhere or parents.rpartition("/")[2] == under
                 if inside and name.lower().endswith(suffixes) and not name.startswith("."):
                     rows.setdefault(name.encode(), (number, path.encode(), *entry))
-        self._names = np.array(sorted(rows), dtype=bytes)
-        columns = list(zip(*(rows[name] for name in sorted(rows)), strict=True)) or [()] * 6
+        names = sorted(rows)
+        self._names = np.array(names, dtype=bytes)
+        columns = list(zip(*(rows[name] for name in names), strict=True)) or [()] * 6
         self._place = np.array(columns[0], dtype=np.int16)
         self._paths = np.array(columns[1], dtype=bytes)
         self._start, self._packed, self._crc = (np.array(column, dtype=np.int64) for column in columns[2:5])
