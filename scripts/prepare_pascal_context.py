@@ -15,6 +15,7 @@ If you have mmsegmentation's SegmentationClassContext/, PC-59 needs no preparati
 """
 
 import argparse
+import zlib
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -127,14 +128,17 @@ def table(count: int, numbers: dict[str, int]) -> np.ndarray:
 def read_mat(path: Path) -> np.ndarray:
     """(H, W) int64, 0..459."""
     from scipy.io import loadmat  # after --help
+    from scipy.io.matlab import MatReadError
 
+    broken = (OSError, ValueError, TypeError, NotImplementedError, EOFError, zlib.error, MatReadError)
     try:
         labels = np.asarray(loadmat(path, variable_names=["LabelMap"])["LabelMap"])
     except KeyError:
         raise InputError(f"{path} has no LabelMap: it is no annotation of Pascal Context") from None
-    except (OSError, ValueError, TypeError, NotImplementedError, EOFError) as error:  # what scipy says of a broken file
-        raise InputError(f"{path}: cannot be read as a .mat file ({error or type(error).__name__})") from None
-    if labels.ndim != 2 or not np.issubdtype(labels.dtype, np.number) or labels.min() < 0 or labels.max() > NUMBER:
+    except broken as error:
+        raise InputError(f"{path}: cannot be read as a .mat file ({str(error) or type(error).__name__})") from None
+    is_map = labels.ndim == 2 and labels.size and np.issubdtype(labels.dtype, np.integer)
+    if not is_map or labels.min() < 0 or labels.max() > NUMBER:
         raise InputError(f"{path}: LabelMap is {labels.dtype} {labels.shape}, want (H, W) of 0..{NUMBER}")
     return labels.astype(np.int64)
 

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from pmpseg.data.transforms import eval_transform, ssd_colour, train_transform
+from pmpseg.data.transforms import eval_transform, nearest, ssd_colour, train_transform
 
 
 def scene(height: int = 60, width: int = 80) -> dict:
@@ -128,7 +128,7 @@ def test_an_enlarged_crop_is_the_crop_of_the_enlarged_image():
         whole = round(80 * short / 60), short
         way = cv2.INTER_LINEAR if factor > 1 else cv2.INTER_AREA
         images = cv2.resize(image, whole, interpolation=way)
-        maps = cv2.resize(labels, whole, interpolation=cv2.INTER_NEAREST_EXACT)
+        maps = nearest(labels, whole[::-1])
         for seed in range(5):
             result = train_transform(40, flip=0, colour=0, sizes=[short])({"image": image, "labels": labels}, seed)
             places = [(y, x) for y, x in np.argwhere(maps == result["labels"][0, 0]) if y + 40 <= short and x + 40 <= whole[0]]

@@ -237,7 +237,8 @@ def choose_prompts(
     ranked = np.concatenate([rng.permutation(seen[is_present]), rng.permutation(seen[~is_present])])
     ranked = ranked[:size]
     chosen = rng.permutation(ranked)
-    prompts = [str(rng.choice(vocabulary.synonyms[index])) for index in chosen]
+    words = (vocabulary.synonyms[index] for index in chosen)
+    prompts = [spoken[rng.integers(len(spoken))] for spoken in words]  # as rng.choice, which would first make an array of each
     padding = size - len(chosen)
     return prompts + [""] * padding, np.concatenate([chosen, np.full(padding, -1)]).astype(np.int64)
 

@@ -35,18 +35,19 @@ def part(labels: np.ndarray, things: Things) -> tuple[np.ndarray, np.ndarray]:
     """
     numbers, classes, crowd = things
     count = len(classes)
-    labels = labels.astype(np.int64)
-    one, codes = np.append(classes, -1), np.arange(count)
-    own = (one[numbers] == labels) & (numbers >= 0)  # number -1 reads the last
-    codes = np.where(crowd, count + classes, codes)  # one number for a class: after those of the things
-    told_apart = np.zeros(IGNORE + 1, dtype=bool)
-    told_apart[classes[~crowd]] = True
-    rest = np.where(told_apart[labels] | (labels == IGNORE), -1, count + labels)
-    code = np.where(own, np.append(codes, -1)[numbers], rest)
-    found = np.bincount(code.ravel() + 1, minlength=count + IGNORE + 2)[1:] > 0
+    # What a pixel belongs to depends on its number and its label: all pairs are few, and the picture is looked up once.
+    label = np.arange(IGNORE + 1)
+    told_apart = np.isin(label, classes[~crowd]) | (label == IGNORE)
+    # (n + 1, 256): a thing's number, or count + label for what is one segment a class, or -1
+    code = np.tile(np.where(told_apart, -1, count + label), (count + 1, 1))
+    code[np.arange(1, count + 1), classes] = np.where(crowd, count + classes, np.arange(count))
+    code = code.ravel()
+    pairs = (numbers.astype(np.int32) + 1) << 8 | labels
+    found = np.zeros(count + len(label) + 1, dtype=bool)  # the last for code -1
+    found[code[np.bincount(pairs.ravel(), minlength=len(code)) > 0]] = True
+    found = found[:-1]
     renumbered = np.append(np.where(found, np.cumsum(found) - 1, -1), -1)
-    class_of = np.concatenate([classes, np.arange(IGNORE + 1)])
-    return renumbered[code], class_of[: len(found)][found]
+    return renumbered[code][pairs], np.concatenate([classes, label])[found]
 
 
 class PanopticThings:
@@ -92,10 +93,11 @@ class PanopticThings:
     def read(self, stem: str, shape: tuple[int, int], strict: bool = False) -> Things:
         """``strict``: a thing that the JSON lists and the PNG does not show is an error (a check of a few at start)."""
         name = f"{stem}.png"
-        colours = self.maps.read(name).astype(np.int32)
+        with self.maps.opened(name) as image:
+            colours = np.asarray(image.convert("RGBA"))
         if colours.shape[:2] != shape:
             raise InputError(_wrong_size(self.maps.where(name), colours.shape[:2], shape))
-        ids = colours[..., 0] + 256 * colours[..., 1] + 65536 * colours[..., 2]
+        ids = colours.view("<u4")[..., 0] & 0xFFFFFF  # R + 256 G + 256^2 B
         rows = self._images.rows(stem, self._first)
         numbers = np.full(shape, -1, dtype=np.int32)
         for number, wanted in enumerate(self._id[rows]):
