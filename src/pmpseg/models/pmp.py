@@ -29,6 +29,7 @@ class PMP(nn.Module):
         backbone_config: what ``Backbone.config`` gave, to build the same backbone without its weights' source.
         backbone_frozen: leave the pretrained part of the backbone as it is.
         backbone_mean, backbone_std: of images in [0, 1], where they differ from what the name was trained with.
+        backbone_norms, backbone_options: see ``build_backbone``; part of ``backbone_config``, too.
         pixel_decoder: ``fpn``, ``fpn_light`` or ``deformable``; the latter has ``encoder_layers`` of ``encoder_ffn_dim``.
         dim, num_queries, num_layers, num_heads, ffn_dim: of the decoders; Mask2Former has 256, 100, 9, 8, 2048.
         decoder: ``masked`` (Mask2Former) or ``plain`` (MaskFormer, DETR), which looks at the backbone's last map.
@@ -50,6 +51,8 @@ class PMP(nn.Module):
         backbone_frozen: bool = False,
         backbone_mean: tuple[float, float, float] | None = None,
         backbone_std: tuple[float, float, float] | None = None,
+        backbone_norms: bool | None = None,
+        backbone_options: dict | None = None,
         pixel_decoder: str = "fpn_light",
         encoder_layers: int = 6,
         encoder_ffn_dim: int = 1024,
@@ -77,7 +80,14 @@ class PMP(nn.Module):
         super().__init__()
         check_sizes(dim, num_heads, encoder_layers=encoder_layers, encoder_ffn_dim=encoder_ffn_dim)
         self.backbone = build_backbone(
-            backbone, backbone_weights, backbone_config, mean=backbone_mean, std=backbone_std, frozen=backbone_frozen
+            backbone,
+            backbone_weights,
+            backbone_config,
+            mean=backbone_mean,
+            std=backbone_std,
+            frozen=backbone_frozen,
+            norms=backbone_norms,
+            options=backbone_options,
         )
         channels = list(self.backbone.channels)
         self.pixel_decoder = build_pixel_decoder(pixel_decoder, channels, dim, num_heads, encoder_layers, encoder_ffn_dim)
@@ -108,7 +118,7 @@ class PMP(nn.Module):
         #: Images, and masks of their pixels, are padded to multiples of it.
         self.pad = max(MASK_STRIDE, self.backbone.pad)
         # All that the arguments say of the backbone is in its own config; weights are no part of it.
-        left_out = {"self", "__class__", "backbone_weights", "backbone_mean", "backbone_std"}
+        left_out = {"self", "__class__"} | {f"backbone_{x}" for x in ("weights", "mean", "std", "norms", "options")}
         own = {"backbone_config": self.backbone.config, "prompt_layers": prompt_layers and list(prompt_layers)}
         #: The arguments that rebuild this network with no weights at hand, as plain JSON values.
         self.config: dict[str, Any] = {k: v for k, v in given.items() if k not in left_out} | own

@@ -33,6 +33,8 @@ class PMPModule(EvaluatedModule):
         backbone_frozen: leave the pretrained part of the backbone as it is.
         backbone_mean: of images in [0, 1], where it differs from what the name was trained with.
         backbone_std: likewise.
+        backbone_norms: a LayerNorm on each of its four maps, as Mask2Former and MaskFormer have behind a Swin.
+        backbone_options: further arguments of a timm network, as {"drop_path_rate": 0.3}.
         pixel_decoder: fpn (MaskFormer's), fpn_light (less at its ends), or deformable (Mask2Former's).
         encoder_layers: of a deformable pixel decoder; Mask2Former has 6.
         encoder_ffn_dim: of their feed-forward parts; Mask2Former has 1024.
@@ -88,6 +90,8 @@ class PMPModule(EvaluatedModule):
         backbone_frozen: bool = False,
         backbone_mean: tuple[float, float, float] | None = None,
         backbone_std: tuple[float, float, float] | None = None,
+        backbone_norms: bool = False,
+        backbone_options: dict[str, Any] | None = None,
         pixel_decoder: Literal["fpn", "fpn_light", "deformable"] = "fpn_light",
         encoder_layers: int = 6,
         encoder_ffn_dim: int = 1024,
@@ -164,6 +168,8 @@ class PMPModule(EvaluatedModule):
                 backbone_frozen=backbone_frozen,
                 backbone_mean=backbone_mean,
                 backbone_std=backbone_std,
+                backbone_norms=backbone_norms,
+                backbone_options=backbone_options,
                 pixel_decoder=pixel_decoder,
                 encoder_layers=encoder_layers,
                 encoder_ffn_dim=encoder_ffn_dim,

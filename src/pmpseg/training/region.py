@@ -49,6 +49,7 @@ class RegionModule(LightningModule):
         repeated_nouns: a noun twice in a batch is a negative of itself, as in OVSeg, or is left out of the sum (ignored).
         fill: of what lies outside a mask, see ``RegionClassifier``.
         weight: of the CLIP in the ensemble of the saved model.
+        mask_threshold: of the saved model, above which a pixel is in a region; null: that of ``clip``, 0.5 if it has none.
     """
 
     prompts_began: Tensor  # to learn; until then they are noise, and neither validation nor the saved model has them
@@ -73,6 +74,7 @@ class RegionModule(LightningModule):
         repeated_nouns: Literal["negatives", "ignored"] = "negatives",
         fill: Literal["mean", "zero"] = "mean",
         weight: float = 0.7,
+        mask_threshold: float | None = None,
     ) -> None:
         super().__init__()
         if tune not in TUNE or repeated_nouns not in ("negatives", "ignored"):
@@ -87,6 +89,7 @@ class RegionModule(LightningModule):
         # A run of "all" keeps no prompts: with the image side they were learned for, they would change, too.
         depth = 0 if tune == "all" else mask_prompt_depth
         options = {"mode": "crop", "fill": fill, "weight": weight, "mask_prompt_depth": depth}
+        options |= {} if mask_threshold is None else {"mask_threshold": mask_threshold}
         self.classifier = RegionClassifier(**(start.classifier.config | options))
         self.classifier.vision.load_state_dict(start.classifier.vision.state_dict())
         known = depth > 0 and start.classifier.prompts.depth == depth
