@@ -306,7 +306,8 @@ def test_chunks_of_classes_change_nothing(model, voc, tmp_path):
         args = ["--class-chunk", chunk, "--save-labels", str(tmp_path / chunk), "--window", "32"]
         evaluate.main(options(model, voc, tmp_path / f"out{chunk}", *args))
     files = sorted(path.relative_to(tmp_path / "1") for path in (tmp_path / "1").rglob("*.png"))
-    assert len(files) == 14 and all((tmp_path / "1" / file).read_bytes() == (tmp_path / "64" / file).read_bytes() for file in files)
+    assert len(files) == 14
+    assert all((tmp_path / "1" / file).read_bytes() == (tmp_path / "64" / file).read_bytes() for file in files)
 
 
 def test_oracles(model, voc, tmp_path):

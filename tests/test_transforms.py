@@ -170,7 +170,7 @@ def test_ssd_colours_stay_within_their_ranges():
     for seed in range(400):
         hue, _, _ = colorsys.rgb_to_hsv(*(ssd_colour(blue, np.random.default_rng(seed))[0, 0] / 255.0))
         turned.append(360 * hue - 240)
-    assert -21 < min(turned) < -14 and 14 < max(turned) < 21 and 0.35 < (np.abs(turned) < 1.1).mean() < 0.7
+    assert -39 < min(turned) < -30 and 30 < max(turned) < 39 and 0.35 < (np.abs(turned) < 1.1).mean() < 0.7
     assert np.array_equal(blue[0, 0], (60, 60, 180))  # the input is left as it was
     assert np.array_equal(ssd_colour(blue, np.random.default_rng(3)), ssd_colour(blue, np.random.default_rng(3)))
 

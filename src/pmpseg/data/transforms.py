@@ -222,13 +222,13 @@ class _Jitter:
 def ssd_colour(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """SSD's colours (Liu et al., arXiv 1512.02325, and its code): (H, W, 3) uint8 -> the same.
 
-    Each with probability 1/2: brightness +- 32 of 255, contrast 0.5 to 1.5, saturation 0.5 to 1.5, hue +- 18 degrees; contrast
-    comes before or after the last two. (detectron2's version turns hues by up to 18 of OpenCV's half degrees, twice as much.)
+    Each with probability 1/2: brightness +- 32 of 255, contrast 0.5 to 1.5, saturation 0.5 to 1.5, hue +- 36 degrees; contrast
+    comes before or after the last two. (As in detectron2: 18 of OpenCV's half degrees.)
     """
     import cv2
 
     brightness, contrast, saturation, hue, early = rng.random(5) < 0.5
-    light, stretch, vivid, turn = rng.uniform([-32, 0.5, 0.5, -18], [32, 1.5, 1.5, 18])
+    light, stretch, vivid, turn = rng.uniform([-32, 0.5, 0.5, -36], [32, 1.5, 1.5, 36])
     first = np.arange(256, dtype=np.float32)
     if brightness:
         first = np.clip(first + light, 0, 255)
