@@ -1,4 +1,4 @@
-"""Several processes for one command: started here (``--devices``), or by torchrun or SLURM, which set the same variables.
+"""Several processes for one command: started here (``--devices``), or by torchrun, whose variables these are.
 
 Each process works on its own share of the data; torchmetrics adds the counts up. Only rank 0 speaks and writes.
 """
