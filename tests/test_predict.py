@@ -35,7 +35,9 @@ class Segmentation:
                 for i, (p, s) in enumerate(zip(self.prompts, self.scores))]
 
 class Segmenter:
-    threshold = 0.4
+    threshold, vocabulary = 0.4, None
+    def not_on_list(self, prompts):
+        return []
     @classmethod
     def load(cls, folder, device):
         assert device == "cpu" and (Path(folder) / "config.json").is_file()

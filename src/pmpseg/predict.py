@@ -36,7 +36,8 @@ SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns 1 where files of a folder could not be read, else 0. Raises ``InputError``."""
     args = parse_arguments(arguments)
-    prompts = Vocabulary.read(args.names_from).names if args.names_from else parse_prompts(args.prompts) if args.prompts else []
+    classes = Vocabulary.read(args.names_from) if args.names_from else None
+    prompts = classes.names if classes else parse_prompts(args.prompts) if args.prompts else []
     check_examples(args, prompts)
     images = list_images(args.images, args.out)
     model = model_folder(args.model)
@@ -46,12 +47,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from pmpseg.segmenter import Segmenter
 
     segmenter = Segmenter.load(model, device=choose_device(args.device))
+    segmenter.vocabulary = segmenter.vocabulary or classes  # a class stands for its synonyms
     asked, prompts = with_examples(prompts, args)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.region:
         from pmpseg.region_stage import RegionStage
 
         segmenter.region = RegionStage.load(args.region).to(segmenter.device)
+    if missing := segmenter.not_on_list(prompts):
+        print(f"{len(missing)} of {len(prompts)} prompts are no class of this model: {', '.join(missing[:5])}", file=sys.stderr)
     found: dict[str, Any] = {
         "info": {
             "model": args.model,

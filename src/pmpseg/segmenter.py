@@ -24,6 +24,7 @@ from .images import read_image
 from .inference import Encoded, Network, ask_one_by_one, ask_together, semantic_labels, soft_masks, with_synonyms
 from .models.clip import TextEncoder
 from .models.clipseg import CLIPSeg
+from .models.closed_list import ClosedWords
 from .models.prompts import PixelPrediction, Prompts
 from .models.region import Regions
 from .models.token_towers import TokenBackbone
@@ -51,6 +52,7 @@ class Segmenter:
         backbone_weights: what the backbone was started from (see ``models.PMP``); ``save`` can name it in place of a frozen one.
         region: a second stage that names the network's masks again by what a CLIP sees in them. Scores change with it: choose the
             threshold anew.
+        longest_side: what the long side may be, by which the short one becomes shorter; None for no such limit.
         square: the network sees images squeezed to a square, as CLIPSeg's own code does; otherwise the aspect is kept.
         showing: how examples are shown to the encoder that embeds them, where it is not the default.
         image_encoder: what embeds them beside a network that does not, as a PMP.
@@ -69,12 +71,14 @@ class Segmenter:
         square: bool = False,
         showing: Showing | None = None,
         image_encoder: TokenBackbone | None = None,
+        longest_side: int | None = None,
     ) -> None:
         self.network, self.text, self.vocabulary = network.eval(), text.eval(), vocabulary
         self.showing, self.image_encoder = showing or Showing(image_size), image_encoder and image_encoder.eval()
         self.region = region and region.eval()
         self._embeddings: WeakKeyDictionary[ImagePrompt, Tensor] = WeakKeyDictionary()
         self.image_size, self.threshold, self.square = image_size, threshold, square
+        self.longest_side = longest_side
         self.data, self.backbone_weights = data, backbone_weights
 
     @property
@@ -128,8 +132,10 @@ class Segmenter:
         """The picture, as the network sees it, what it sees in it, and what both stages are asked."""
         picture = read_image(image)
         words = with_synonyms(names_of(prompts, text_only=True), self.vocabulary)
+        if isinstance(self.text, ClosedWords) and self.region is None:
+            self.text.check(words)
         encoded = self._with_examples(self.text.encode(words), prompts)
-        tensor = working_image(picture, self.image_size, self.square).to(self.device)
+        tensor = working_image(picture, self.image_size, self.square, self.longest_side).to(self.device)
         regions = None if self.region is None else self.region.ask(tensor, words)
         return picture, tensor, self.network.encode(tensor), encoded, regions
 
@@ -137,6 +143,11 @@ class Segmenter:
     def takes_examples(self) -> bool:
         """Whether images may be prompts."""
         return self.image_encoder is not None or isinstance(self.network, CLIPSeg)
+
+    def not_on_list(self, prompts: Sequence[str]) -> list[str]:
+        """Those of ``prompts`` that a model with a class list of its own does not know; only a second stage can find them."""
+        words = with_synonyms(prompts, self.vocabulary)
+        return self.text.missing(words) if isinstance(self.text, ClosedWords) else []
 
     def embed(self, images: Tensor) -> Tensor:
         """Visually prompted images (N, 3, s, s) in [0, 1] -> (N, E). Raises InputError where the model takes words only."""
@@ -206,7 +217,7 @@ class Segmenter:
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Segmenter":
-        """Opens a model folder or a hub id, ours or transformers' of a CLIPSeg as it lies.
+        """Opens a model folder or a hub id, ours, or transformers' as it lies: a CLIPSeg, Mask2Former or MaskFormer.
 
         Raises InputError where something is missing, foreign or broken.
         """
@@ -219,8 +230,13 @@ def _list_of_strings(name: str, given: Sequence[str] | str) -> list[str]:
     return [given] if isinstance(given, str) else list(given)
 
 
-def working_image(image: Image.Image, short_side: int, square: bool = False) -> Tensor:
-    """(1, 3, h, w) in [0, 1]: the short side at ``short_side``, the long one at most ``MAX_ASPECT`` times that; or a square."""
+def working_image(image: Image.Image, short_side: int, square: bool = False, longest_side: int | None = None) -> Tensor:
+    """(1, 3, h, w) in [0, 1]: the short side at ``short_side``, the long one at most ``MAX_ASPECT`` times that; or a square.
+
+    Where the long side would exceed ``longest_side``, both are smaller.
+    """
+    if longest_side and not square:
+        short_side = max(1, min(short_side, round(longest_side * min(image.size) / max(image.size))))
     scale, longest = short_side / min(image.size), 1 if square else MAX_ASPECT
     width, height = (min(round(s * scale), longest * short_side) for s in image.size)
     resized = image if (width, height) == image.size else image.resize((width, height), Image.Resampling.BILINEAR)

@@ -2,7 +2,7 @@
 
 A folder holds ``config.json``, ``model.safetensors``, ``text_encoder/`` (a Hugging Face folder) and, where there are such,
 ``vocabulary.txt``, ``region/`` (a second stage) and ``image_encoder.safetensors``: all that is needed on another machine.
-A folder of transformers' ``CLIPSegForImageSegmentation`` is read, too.
+A folder of transformers' ``CLIPSegForImageSegmentation`` is read, too, and one of its Mask2Former or MaskFormer.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from .errors import InputError
 from .hub import FORMAT, check_free, foreign_type, public_name, read_config, read_json, shipped_or
 from .models.clip import TextEncoder
 from .models.clipseg import CLIPSeg
+from .models.closed_list import ClosedList, ClosedWords
 from .models.pmp import PMP
 from .models.token_towers import build_token_backbone
 from .models.weights import load_state
@@ -30,12 +31,16 @@ if TYPE_CHECKING:
     from .segmenter import Segmenter
 
 CLIPSEG_SIZE, CLIPSEG_THRESHOLD = 352, 0.3  # of the paper; its table 3
+CLOSED_SIZE, CLOSED_LONGEST = 800, 1333  # of transformers' image processor of both, where a folder says nothing
+CLOSED_THRESHOLD = 0.5  # more likely than not; its post-processing has it, too
 IMAGE_ENCODER, PROCESSOR = "image_encoder.safetensors", "preprocessor_config.json"
 TOWER = "backbone.tower."  # the part of the network that may come from elsewhere
 
 
 def write_model(segmenter: "Segmenter", folder: Path, encoders: str) -> Path:
     """See ``Segmenter.save``."""
+    if isinstance(segmenter.network, ClosedList):
+        raise InputError(f"{segmenter.text.name} is a model of transformers, which is read as it lies: keep that folder")
     if encoders not in ("copy", "reference"):
         raise InputError(f"encoders: got {encoders!r}, want 'copy' or 'reference'")
     check_free(folder)
@@ -80,8 +85,10 @@ def write_model(segmenter: "Segmenter", folder: Path, encoders: str) -> Path:
 
 def read_model(folder: Path) -> dict[str, Any]:
     """The arguments of ``Segmenter`` that a folder describes; see ``Segmenter.load``."""
-    if foreign_type(folder) == "clipseg":
+    if (foreign := foreign_type(folder)) == "clipseg":
         return _of_transformers(folder)
+    if foreign in ("mask2former", "maskformer"):
+        return _of_closed_list(folder)
     config = read_config(folder)
     text = _load_text(folder, config["text"])
     tower = config.get("backbone_weights")  # of a frozen one that is not in the folder
@@ -125,6 +132,32 @@ def _of_transformers(folder: Path) -> dict[str, Any]:
         "threshold": CLIPSEG_THRESHOLD,
         "square": True,
         "showing": Showing(side, mean=network.backbone.config["mean"]),
+    }
+
+
+def _of_closed_list(folder: Path) -> dict[str, Any]:
+    """A Mask2Former's or MaskFormer's: its labels as config.json has them, sizes as its image processor's."""
+    labels = read_json(folder / "config.json").get("id2label", {})
+    network = ClosedList.from_transformers(folder)
+    count = network.network.config["num_classes"]
+    # transformers leaves its default out of the file: two classes, called LABEL_0 and LABEL_1.
+    names = [str(labels.get(str(index), f"LABEL_{index}")) for index in range(count)]
+    processor = read_json(folder / PROCESSOR) if (folder / PROCESSOR).is_file() else {}
+    size, longest = processor.get("size", CLOSED_SIZE), processor.get("max_size", CLOSED_LONGEST)
+    if isinstance(size, dict) and "height" in size:  # a fixed size, which here is a square's
+        size, longest, square = min(size["height"], size["width"]), None, True
+    else:
+        square = False
+        if isinstance(size, dict):
+            size, longest = size.get("shortest_edge", CLOSED_SIZE), size.get("longest_edge")
+    return {
+        "network": network,
+        "text": ClosedWords(names, str(folder)),
+        "vocabulary": None,
+        "image_size": size,
+        "longest_side": longest,
+        "threshold": CLOSED_THRESHOLD,
+        "square": square,
     }
 
 

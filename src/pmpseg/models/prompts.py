@@ -21,6 +21,7 @@ class MaskFactors(NamedTuple):
 
 
 NOT_ASKED = -1e4  # the class logit of a prompt that a query is not asked: padding, or another query's
+NOT_KNOWN = -1e3  # of a prompt that is asked, and is not on the list of a network that has only that: its probability is 0
 
 
 class Prediction(NamedTuple):

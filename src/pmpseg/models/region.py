@@ -24,7 +24,7 @@ from ..errors import InputError
 from .backbone import OPENAI, VISION_KEYS
 from .clip import load_clip_vision
 from .mask_prompts import MaskPrompts, patches_of
-from .prompts import NOT_ASKED
+from .prompts import NOT_ASKED, NOT_KNOWN
 
 MODES, FILLS = ("crop", "pool"), ("mean", "zero")
 Picture = tuple[Tensor, Tensor]  # a region's box of an image, (3, h, w) in [0, 1], and of its mask, (h, w) in [0, 1]
@@ -220,11 +220,16 @@ def ensemble(first: Tensor, region: Tensor, valid: Tensor, weight: float) -> Ten
     first: (B, Q, K + 1) class logits; p is their softmax, then without "no object". region: (B, Q, K) logits of the second stage;
     phat is their softmax. Further columns of it are other things a region may be: they take their share, and are dropped.
     valid: (B, Q); other queries keep their p^(1 - weight), or, where the CLIP alone decides (``weight`` 1), are dropped.
-    What a query is not asked stays 0.
+    What a query is not asked stays 0. Names that the first stage cannot know (``NOT_KNOWN``) would be found by no weight below 1:
+    they and "no object" get even shares of its last column, which is all that it finds to be none of the names it knows.
     """
     asked = first[..., :-1] > NOT_ASKED  # (B, Q, K)
     count = asked.shape[-1]
-    p = first.softmax(-1)[..., :-1] * asked
+    p = first.softmax(-1)
+    unknown = asked & (first[..., :-1] <= NOT_KNOWN)
+    if weight > 0:  # else the first stage decides alone
+        p = torch.where(unknown, p[..., -1:] / (1 + unknown.sum(-1, keepdim=True)), p[..., :-1])
+    p = p[..., :count] * asked
     known = F.pad(asked.any(1, keepdim=True), (0, region.shape[-1] - count), value=True)  # no query is asked padding
     phat = region.masked_fill(~known, NOT_ASKED).softmax(-1)[..., :count]
     if weight == 1:
