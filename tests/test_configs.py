@@ -19,6 +19,7 @@ from PIL import Image
 
 from pmpseg import Segmenter, fit, rle
 from pmpseg.data.pairs import COLUMNS
+from pmpseg.losses import SetLoss
 from pmpseg.region_stage import RegionStage
 from pmpseg.vocabulary import Vocabulary
 
@@ -117,27 +118,58 @@ def no_network(*_):
     raise AssertionError("something asks the network")
 
 
-@pytest.mark.parametrize("names", RUNS, ids="+".join)
-def test_one_step_offline(names, places, tmp_path, monkeypatch):
+@pytest.fixture
+def offline(monkeypatch):
     monkeypatch.chdir(ROOT)  # where conf/vocab/... is found from
     monkeypatch.setattr(socket.socket, "connect", no_network)
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
+
+
+def one_step(names: list[str], places: dict, folder: Path, **of_data) -> tuple[dict, Path]:
+    """Runs the merged files under the presets; returns what they chose and the run's folder."""
     chosen = merged(names)
-    tiny: dict = {"data": {"init_args": places.get(names[0]) or places[chosen["data"]]}}
+    tiny: dict = {"data": {"init_args": (places.get(names[0]) or places[chosen["data"]]) | of_data}}
     shallow = next((options for kind, options in SHALLOW.items() if chosen["backbone"].startswith(kind)), None)
     if shallow and chosen["model"] == "PMPModule":
         tiny["model"] = {"init_args": {"backbone_options": shallow}}
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny))
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(tiny))
     files = [CONF / f"{name}.yaml" for name in names]
-    files += [CONF / f"debug/{name}.yaml" for name in ("one_batch", "cpu", PRESETS[chosen["model"]])] + [tmp_path / "tiny.yaml"]
+    files += [CONF / f"debug/{name}.yaml" for name in ("one_batch", "cpu", PRESETS[chosen["model"]])] + [folder / "tiny.yaml"]
     last = "--trainer.enable_progress_bar false --trainer.log_every_n_steps 1 --encoders reference".split()
-    last += ["--trainer.default_root_dir", str(tmp_path / "run")]
-    run = fit.main([*(word for file in files for word in ("-c", str(file))), *last])
+    last += ["--trainer.default_root_dir", str(folder / "run")]
+    return chosen, fit.main([*(word for file in files for word in ("-c", str(file))), *last])
+
+
+def losses_of(run: Path) -> list[float]:
     with (run / "metrics.csv").open() as file:
-        losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
-    assert len(losses) == 1 and math.isfinite(losses[0])
+        return [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+
+
+@pytest.mark.parametrize("names", RUNS, ids="+".join)
+def test_one_step_offline(names, places, tmp_path, offline):
+    chosen, run = one_step(names, places, tmp_path)
+    (loss,) = losses_of(run)
+    assert math.isfinite(loss)
     model = RegionStage.load(run) if chosen["model"] == "RegionModule" else Segmenter.load(run / "model")
     assert model.text.dim > 0
+
+
+def test_one_step_on_instances(places, tmp_path, offline, monkeypatch):
+    """data.segments things: each thing is a target of its own, and so there are more of them than prompts that are there."""
+    seen, forward = [], SetLoss.forward
+
+    def watched(self, *args):
+        seen.append((args[2], args[5]))  # present and prompt, (B, M) each
+        return forward(self, *args)
+
+    monkeypatch.setattr(SetLoss, "forward", watched)
+    monkeypatch.setattr("pmpseg.training.pmp.keep_few", lambda valid, *_: valid)
+    _, run = one_step([BASE], places, tmp_path, segments="things", batch_size=6, scale=[0.5, 0.6])  # the whole image
+    (loss,) = losses_of(run)
+    assert math.isfinite(loss)
+    ((present, prompt),) = seen
+    shared = [len(row[here]) - len(row[here].unique()) for here, row in zip(present, prompt, strict=True)]
+    assert sum(shared) > 0
 
 
 def test_files_on_top_are_known():
@@ -153,8 +185,7 @@ def test_ten_images_are_learned_by_heart(tmp_path, places, monkeypatch):
     options = "--data.image_size 64 --data.train_length 40 --data.val_length 2 --data.num_workers 0 --trainer.max_epochs 8"
     options += " --trainer.enable_progress_bar false --trainer.log_every_n_steps 1 --model.num_points 128"
     run = fit.main([*files, *options.split(), "--trainer.default_root_dir", str(tmp_path)])
-    with (run / "metrics.csv").open() as file:
-        losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+    losses = losses_of(run)
     assert len(losses) == 8 * 5 and np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
 
 

@@ -85,6 +85,16 @@ def test_ignored_pixels_count_in_no_area():
     assert name_by_truth(two, (1, 6), truth, stride=1)[0, 0, :2].tolist() == [0, 0]  # a tie: 1/2 each, the lower class
 
 
+def test_what_is_ignored_and_what_is_below_one_half_decides_no_name():
+    """Pixels 0 to 5 of 0 1 1 X X X 1 1 1 1: 1/3 against 2/7; with the ignored ones as area 1/6 against 2/10. Then 0 1 1 1 with
+    probabilities 0.9 0.4 0.4 0.4: only the first is inside; all of them would be class 1's, by 3/4."""
+    truth = torch.tensor([[[0, 1, 1, X, X, X, 1, 1, 1, 1]]])
+    logits = masks_to_logits([[[1, 1, 1, 1, 1, 1, 0, 0, 0, 0]]])
+    assert name_by_truth(logits, (1, 10), truth, stride=1)[0, 0, :6].tolist() == [0] * 6
+    soft = torch.tensor([0.9, 0.4, 0.4, 0.4]).logit().view(1, 1, 1, 4)
+    assert name_by_truth(soft, (1, 4), torch.tensor([[[0, 1, 1, 1]]]), stride=1).tolist() == [[[0] * 4]]
+
+
 def test_no_class_and_no_proposal_give_no_answer():
     logits = masks_to_logits(np.ones((3, 4, 4)))
     assert (name_by_truth(logits, (4, 4), torch.full((1, 4, 4), X), stride=1) == X).all()

@@ -10,9 +10,10 @@
 #            goes through 118,287 images; the paper's time for one on an A5000 is 0.2 s of MaskFormer and 0.6 s of CLIP (A.9),
 #            which would be 26 hours (computed; for other software than this). Stopped, it goes on where it was. Stage 2: 10
 #            epochs.
-#   memory   of a GPU, unknown for the activations. Weights, gradients and AdamW's moments in stage 1 (computed, 16 bytes a
-#            parameter): R-101c 61.1 M 0.91 GiB, Swin-B 102.8 M 1.53 GiB. Its losses look at all pixels of every mask; if that is
-#            too much, --model.num_points 12544 is Mask2Former's way, and no longer OVSeg's.
+#   memory   of a GPU, unknown. Measured on a CPU: the R-101c's two steps of two 512x512 images in float32 took 5.7 GiB, the whole
+#            process; images with more classes take more, since losses look at all pixels of every mask. (--model.num_points 12544
+#            is Mask2Former's way, and no longer OVSeg's.) Weights, gradients and AdamW's moments in stage 1 are 16 bytes a
+#            parameter (computed): R-101c 61.1 M 0.91 GiB, Swin-B 102.8 M 1.53 GiB.
 #   disk     mining and stage 2 read images from a folder: unpack train2017.zip, and the captions of annotations_trainval2017.zip.
 source "$(dirname "$0")/common.sh"
 

@@ -54,8 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from pmpseg.region_stage import RegionStage
 
         segmenter.region = RegionStage.load(args.region).to(segmenter.device)
-    if missing := segmenter.not_on_list(prompts):
-        print(f"{len(missing)} of {len(prompts)} prompts are no class of this model: {', '.join(missing[:5])}", file=sys.stderr)
+    if 0 < len(missing := segmenter.not_on_list(prompts)) < len(prompts):
+        names = ", ".join(missing[:5]) + ", ..." * (len(missing) > 5)
+        print(f"{len(missing)} of {len(prompts)} prompts are no class of this model: {names}", file=sys.stderr)
     found: dict[str, Any] = {
         "info": {
             "model": args.model,
