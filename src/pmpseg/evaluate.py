@@ -85,6 +85,7 @@ def evaluate(
     from tqdm import tqdm
 
     from pmpseg.evaluation import Evaluator
+    from pmpseg.models.closed_list import ClosedWords
     from pmpseg.processes import is_first
     from pmpseg.supports import PromptForm
     from pmpseg.usage import Meter, parameters
@@ -93,6 +94,8 @@ def evaluate(
     form = PromptForm(prompt_form, text_weight, segmenter.embed, segmenter.showing)
     asked = {"phrase_mode": phrase_mode, "form": form, "views": views, "oracle": oracle, "unseen": unseen, "chunk": chunk}
     evaluator = Evaluator.of_data(data, threshold, **asked).to(segmenter.device)
+    if isinstance(segmenter.text, ClosedWords):
+        _check_words(segmenter, data.vocabulary)
     data.supports_in_evaluation = prompt_form != "text"
     data.eval_scales = evaluator.views.scales
     loader = data.val_dataloader() if split == "val" else data.test_dataloader()
@@ -126,6 +129,20 @@ class LabelWriter:
             Image.fromarray(one.astype(np.uint16 if self.wide else np.uint8)).save(path)
 
 
+def _check_words(segmenter: Any, vocabulary: Any) -> None:
+    """Says which classes a model with a list of its own does not know; raises InputError where it knows none."""
+    from pmpseg.inference import with_synonyms
+    from pmpseg.processes import is_first
+
+    words = with_synonyms(vocabulary.names, vocabulary)
+    missing = segmenter.text.missing(words)
+    if segmenter.region is None:
+        segmenter.text.check(words)
+        if missing and is_first():
+            few = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+            print(f"{len(missing)} of {len(words)} classes are none of the model's, and are never found: {few}")
+
+
 def _load(options: Namespace, folder: Path, device: str) -> Any:
     """The model, with its second stage as the options say."""
     from pmpseg.segmenter import Segmenter
@@ -148,9 +165,10 @@ def _benchmark_data(options: Namespace, segmenter: Any, name: str) -> Any:
     from pmpseg.data import Benchmark
     from pmpseg.vocabulary import Vocabulary
 
-    sizes = {"image_size": options.image_size or segmenter.image_size, "max_size": options.max_size, "square": segmenter.square}
+    longest = None if segmenter.square else segmenter.longest_side
+    sizes = {"image_size": options.image_size or segmenter.image_size, "max_size": options.max_size or longest}
     workers = {} if options.num_workers is None else {"num_workers": options.num_workers}
-    data = Benchmark(name, options.root, **sizes, **workers)
+    data = Benchmark(name, options.root, **sizes, square=segmenter.square, **workers)
     if options.names_only:
         data.vocabulary = Vocabulary.of(data.vocabulary.names)
     if segmenter.vocabulary is not None:

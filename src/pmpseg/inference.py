@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from .errors import InputError
 from .models.clipseg import CLIPSeg, Tokens
+from .models.closed_list import ClosedList, Proposals
 from .models.pmp import MASK_STRIDE, PMP
 from .models.prompts import PixelPrediction, Prediction, Prompts
 from .models.query_decoder import Features
@@ -22,8 +23,8 @@ from .models.region import RegionClassifier, Regions, ensemble
 from .vocabulary import Vocabulary
 
 Size = tuple[int, int]
-Network = PMP | CLIPSeg
-Encoded = Features | Tokens
+Network = PMP | CLIPSeg | ClosedList
+Encoded = Features | Tokens | Proposals
 Answer = Prediction | PixelPrediction
 TRANSFORMERS_SIZE = (384, 384)  # through which its post-processing takes every mask
 
