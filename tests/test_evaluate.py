@@ -23,10 +23,11 @@ from pmpseg.models import PMP, CLIPSeg, Prompts, TextEncoder
 from pmpseg.models.prompts import PixelPrediction
 from pmpseg.report import rows
 from pmpseg.views import Views
-from pmpseg.vocabulary import Vocabulary
+from pmpseg.vocabulary import TEMPLATES, Vocabulary
 
 TINY = {"backbone": "conv", "dim": 32, "num_queries": 16, "num_layers": 2, "num_heads": 4, "ffn_dim": 32}
 COUNT = 847
+ONE = ("--benchmark", "pascal_voc_20")
 
 
 @pytest.fixture(scope="module")
@@ -276,18 +277,24 @@ def test_windows_and_scales_reach_the_network(model, voc, tmp_path):
     assert np.array_equal(np.array(Image.open(tmp_path / "labels" / "pascal_voc_20" / "2.png")), wanted)
 
 
-def test_two_stages_and_their_weight(model, voc, tmp_path):
+def test_two_stages_and_their_weight(model, tmp_path):
     """Weight 0 is the first stage by itself, CLIP says something else, and "paper" is OVSeg's weight of the benchmark."""
+    few = make_voc(tmp_path / "data", 2)
     scores = {}
     for weight in ("0", "1", "paper"):
-        evaluate.main(options(model, voc, tmp_path / weight, "--region", "tiny_clip", "--ensemble-weight", weight))
+        evaluate.main(options(model, few, tmp_path / weight, "--region", "tiny_clip", "--ensemble-weight", weight, *ONE))
         scores[weight] = json.loads((tmp_path / weight / "pascal_voc_20.json").read_text())
-    evaluate.main(options(model, voc, tmp_path / "alone"))
+    evaluate.main(options(model, few, tmp_path / "alone", *ONE))
     alone = json.loads((tmp_path / "alone" / "pascal_voc_20.json").read_text())
     assert scores["0"]["iou"] == alone["iou"] and "second_stage" not in alone
     assert scores["paper"]["second_stage"]["weight"] == BENCHMARKS["pascal_voc_20"].region_weight == 0.6
     assert scores["1"]["iou"] != alone["iou"] != scores["paper"]["iou"]
     assert scores["1"]["usage"]["parameters"]["region"] > 0
+    args = ["--region", "tiny_clip", "--ensemble-weight", "1", "--region-templates", "vild", *ONE]
+    evaluate.main(options(model, few, tmp_path / "vild", *args))
+    vild = json.loads((tmp_path / "vild" / "pascal_voc_20.json").read_text())
+    assert len(vild["second_stage"]["templates"]) == 14 == len(set(TEMPLATES["vild"])) and vild["templates"] == ["{}"]
+    assert vild["iou"] != scores["1"]["iou"]
 
 
 def test_clipseg_is_asked_in_squares(voc, tmp_path):

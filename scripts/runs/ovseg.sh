@@ -37,10 +37,11 @@ for setting in r101c swin_b; do
   train $stage_2 $pairs_a_step -c conf/$stage_2.yaml --data.pairs "$pairs" --data.images "$DATA/coco/train2017"
 
   score $stage_1 "${sizes[@]}" --name "MaskFormer only, $setting" --out "$RUNS/$stage_1/stage_1"
-  score $stage_1 "${sizes[@]}" --region $clip --ensemble-weight paper --name "CLIP as it is, $setting" --out "$RUNS/$stage_1/clip"
-  score $stage_1 "${sizes[@]}" --region "$RUNS/$stage_2" --ensemble-weight paper --name "OVSeg $setting" \
+  score $stage_1 "${sizes[@]}" --region $clip --region-templates vild --ensemble-weight paper --name "CLIP as it is, $setting" \
+    --out "$RUNS/$stage_1/clip"
+  score $stage_1 "${sizes[@]}" --region "$RUNS/$stage_2" --region-templates vild --ensemble-weight paper --name "OVSeg $setting" \
     --out "$RUNS/$stage_1/ovseg"
-  score $stage_1 "${sizes[@]}" --region $clip --oracle masks --name "oracle masks, $clip" \
+  score $stage_1 "${sizes[@]}" --region $clip --region-templates vild --oracle masks --name "oracle masks, $clip" \
     --out "$RUNS/$stage_1/oracle_masks"
   score $stage_1 "${sizes[@]}" --oracle classes --name "oracle classes, $setting" --out "$RUNS/$stage_1/oracle_classes"
 done

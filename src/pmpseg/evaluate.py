@@ -7,6 +7,7 @@ open-vocabulary segmentation (``--benchmark all``), with the row of a paper's ta
 import json
 from argparse import Namespace
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +19,7 @@ from pmpseg.errors import InputError
 from pmpseg.evaluate_options import check, parser, views_of
 from pmpseg.predict import choose_device
 from pmpseg.processes import launch, launched, together
+from pmpseg.vocabulary import TEMPLATES
 
 PACKAGES = ("pmpseg", "torch", "transformers", "timm", "torchmetrics")  # on which scores may depend
 
@@ -152,11 +154,15 @@ def _load(options: Namespace, folder: Path, device: str) -> Any:
         from pmpseg.region_stage import RegionStage
 
         segmenter.region = RegionStage.load(options.region).to(segmenter.device)
-    if options.ensemble_weight is not None:
-        if segmenter.region is None:
-            raise InputError("--ensemble-weight is of a second stage, and this model has none: add --region")
-        if options.ensemble_weight != "paper":
-            segmenter.region.classifier.weight = float(options.ensemble_weight)
+    region = segmenter.region
+    for name in ("ensemble_weight", "region_templates"):
+        if getattr(options, name) is not None and region is None:
+            raise InputError(f"--{name.replace('_', '-')} is of a second stage, and this model has none: add --region")
+    if region is not None and options.region_templates:
+        region.text = copy(region.text)  # which may be the first stage's, too
+        region.text.templates = TEMPLATES[options.region_templates]
+    if region is not None and options.ensemble_weight not in (None, "paper"):
+        region.classifier.weight = float(options.ensemble_weight)
     return segmenter
 
 
@@ -217,7 +223,8 @@ def _report(
     asked["templates"] = list(getattr(segmenter.text, "templates", ()))
     asked["weights_sha256"] = weights_hash(segmenter.network)
     if region is not None:
-        asked["second_stage"] = region.classifier.config | {"weight": region.classifier.weight}
+        of_region = {"weight": region.classifier.weight, "templates": list(region.text.templates)}
+        asked["second_stage"] = region.classifier.config | of_region
     asked["classes"] = dict(zip(data.vocabulary.names, data.vocabulary.synonyms, strict=True))
     asked["unseen"] = [data.vocabulary.names[i] for i in (data.vocabulary.unseen if unseen is None else unseen)]
     asked["versions"] = {name: version(name) for name in PACKAGES}

@@ -8,6 +8,7 @@ from .errors import InputError
 from .hub import model_folder
 from .predict import check_threshold
 from .processes import launched
+from .vocabulary import TEMPLATES
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,6 +45,9 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--region", help="second stage: a region model (of training/region.py), or a CLIP folder or hub id")
     group.add_argument(
         "--ensemble-weight", help="of the second stage's names, 0 to 1, or 'paper': OVSeg's for each benchmark; default: its own"
+    )
+    group.add_argument(
+        "--region-templates", choices=tuple(TEMPLATES), help="phrases that its words are put into; default: its own"
     )
     group.add_argument(
         "--oracle",

@@ -18,6 +18,20 @@ from pathlib import Path
 from pmpseg.errors import InputError
 
 UNSEEN = "[unseen]"
+# Phrases that a prompt is put into, by name; of several the embeddings are averaged.
+TEMPLATES = {
+    "plain": ("{}",),
+    "photo": ("a photo of a {}.",),
+    "vild": (  # ViLD's (arXiv 2104.13921), which OVSeg and others ask with
+        "a photo of a {}.",
+        "This is a photo of a {}",
+        "There is a {} in the scene",
+        "There is the {} in the scene",
+        "a photo of a {} in the scene",
+        *(f"{start} a {size} {{}}." for start in ("a photo of", "This is a photo of") for size in ("small", "medium", "large")),
+        *(f"There is a {size} {{}} in the scene." for size in ("small", "medium", "large")),
+    ),
+}
 
 
 @dataclass
