@@ -78,6 +78,8 @@ def main() -> None:
     parser.add_argument("--way", help=argparse.SUPPRESS)
     parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.side < 64 or options.side % 8 or options.images < 2:
+        raise SystemExit("--side: want a multiple of 8 from 64; --images: want 2 or more")
     if options.way:
         one_way(options.way, options.root, options.side)
         return
@@ -89,7 +91,7 @@ def main() -> None:
         first = None
         for name in WAYS:
             command = [sys.executable, __file__, "--way", name, "--root", folder, "--side", str(options.side)]
-            said = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
+            said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             found = json.loads(said.splitlines()[-1])
             first = first or found["seconds"]
             more = found["peak"] - found["before"]

@@ -5,6 +5,7 @@ open-vocabulary segmentation (``--benchmark all``), with the row of a paper's ta
 """
 
 import json
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from copy import copy
@@ -29,8 +30,6 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     options = parser().parse_args(args)
     folder, benchmarks = check(options)
     if options.devices > 1 and not launched():
-        import sys
-
         launch("pmpseg.evaluate", sys.argv[1:] if args is None else args, options.devices)
         if not benchmarks:
             return _numbers_of(options.out)
@@ -41,7 +40,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
         if not benchmarks:
             spec = read_data(options.config) if options.config else own_data(segmenter.data, options.model)
             data = build_data(spec)
-            scores = _evaluate(options, segmenter, data, rank, options.save_labels)
+            scores = _evaluate(options, segmenter, data, options.save_labels)
             return _report(options, segmenter, data, scores, {"data": spec}, options.out, rank)
         from pmpseg.report import rows
 
@@ -54,14 +53,16 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
             if options.ensemble_weight == "paper":
                 segmenter.region.classifier.weight = benchmark.region_weight
             labels = options.save_labels and options.save_labels / name
-            found[benchmark.title] = scores = _evaluate(options, segmenter, data, rank, labels)
-            said = {"benchmark": name, "root": options.root, "image_size": data.image_size, "remark": data.remark}
+            found[benchmark.title] = scores = _evaluate(options, segmenter, data, labels)
+            said = {"benchmark": name, "root": options.root, "remark": data.remark}
+            said |= {"image_size": data.image_size, "max_size": data.max_size}
             of_name[name] = _report(options, segmenter, data, scores, said, options.out / f"{name}.json", rank)
+            if rank == 0:  # of those so far: a later one may fail
+                text = rows(options.name or str(options.model), found)
+                with cli.whole_file(options.out / "table.md") as temporary:
+                    temporary.write_text(text + "\n")
         if rank == 0:
-            text = rows(options.name or str(options.model), found)
             print(f"\n{text}")
-            with cli.whole_file(options.out / "table.md") as temporary:
-                temporary.write_text(text + "\n")
         return of_name
 
 
@@ -101,6 +102,8 @@ def evaluate(
     data.supports_in_evaluation = prompt_form != "text"
     data.eval_scales = evaluator.views.scales
     loader = data.val_dataloader() if split == "val" else data.test_dataloader()
+    if save_labels and evaluator.classes is None:
+        raise InputError("--save-labels is for class lists, and this data has phrases only: leave it out")
     writer = save_labels and LabelWriter(save_labels, len(data.vocabulary), data.ignore_index)
     meter = Meter(segmenter.device)
     batches = meter.watch(loader, lambda batch: len(batch["name"]))
@@ -118,12 +121,12 @@ class LabelWriter:
 
     def __init__(self, folder: Path, num_classes: int, ignore_index: int) -> None:
         self.folder, self.wide = folder, max(num_classes - 1, ignore_index) > 255
-        folder.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, names: Sequence[str], labels: Any) -> None:
         import numpy as np
         from PIL import Image
 
+        self.folder.mkdir(parents=True, exist_ok=True)
         for name, one in zip(names, labels.cpu().numpy(), strict=True):
             path = self.folder / f"{Path(name).stem}.png"
             if path.exists():
@@ -175,22 +178,23 @@ def _benchmark_data(options: Namespace, segmenter: Any, name: str) -> Any:
     sizes = {"image_size": options.image_size or segmenter.image_size, "max_size": options.max_size or longest}
     workers = {} if options.num_workers is None else {"num_workers": options.num_workers}
     data = Benchmark(name, options.root, **sizes, square=segmenter.square, **workers)
+    if segmenter.vocabulary is not None:  # by synonyms, too, whatever is asked
+        data.unseen = unseen_classes(data.vocabulary, segmenter.vocabulary)
     if options.names_only:
         data.vocabulary = Vocabulary.of(data.vocabulary.names)
-    if segmenter.vocabulary is not None:
-        data.unseen = unseen_classes(data.vocabulary, segmenter.vocabulary)
     return data
 
 
 def unseen_classes(asked: Any, learned: Any) -> list[int]:
-    """The classes of the vocabulary ``asked`` that share no word with a class that was ``learned`` from masks."""
-    known = {word.casefold() for index in learned.seen for word in learned.synonyms[index]}
+    """The classes of the vocabulary ``asked`` that share no word with a class that was ``learned`` from masks.
+
+    A background counts as learned: it is what no mask covers.
+    """
+    known = {"background"} | {word.casefold() for index in learned.seen for word in learned.synonyms[index]}
     return [index for index, words in enumerate(asked.synonyms) if not known & {word.casefold() for word in words}]
 
 
-def _evaluate(
-    options: Namespace, segmenter: Any, data: Any, rank: int, save_labels: Path | None
-) -> dict[str, Any]:
+def _evaluate(options: Namespace, segmenter: Any, data: Any, save_labels: Path | None) -> dict[str, Any]:
     return evaluate(
         segmenter,
         data,
@@ -217,13 +221,18 @@ def _report(
 
     if rank > 0:
         return numbers(scores)
-    unseen, region = getattr(data, "unseen", None), segmenter.region
-    asked = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k not in ("out", "root")} | of_data
-    asked |= {"views": asdict(views_of(options)), "square": segmenter.square}
-    asked["templates"] = list(getattr(segmenter.text, "templates", ()))
-    asked["weights_sha256"] = weights_hash(segmenter.network)
+    unseen, region, text = getattr(data, "unseen", None), segmenter.region, segmenter.text
+    asked = {key: getattr(options, key) for key in ("model", "region", "split", "phrase_mode", "prompt_form")} | of_data
+    if options.prompt_form == "mixed":
+        asked["text_weight"] = options.text_weight
+    asked["options"] = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k not in asked}
+    asked |= {"views": asdict(views_of(options)), "square": segmenter.square, "weights_sha256": weights_hash(segmenter.network)}
+    asked["text"] = {"name": getattr(text, "name", None), "templates": list(getattr(text, "templates", ()))}
+    asked["text"]["sha256"] = weights_hash(text)
+    asked["phrase_threshold"] = segmenter.threshold if options.threshold is None else options.threshold
     if region is not None:
         of_region = {"weight": region.classifier.weight, "templates": list(region.text.templates)}
+        of_region |= {"contrast": list(region.contrast), "sha256": weights_hash(region)}
         asked["second_stage"] = region.classifier.config | of_region
     asked["classes"] = dict(zip(data.vocabulary.names, data.vocabulary.synonyms, strict=True))
     asked["unseen"] = [data.vocabulary.names[i] for i in (data.vocabulary.unseen if unseen is None else unseen)]
@@ -231,6 +240,7 @@ def _report(
     by_class = {}
     if "iou" in scores:
         by_class = {"iou": dict(zip(data.vocabulary.names, scores["iou"].reshape(-1).tolist(), strict=True))}
+    out.parent.mkdir(parents=True, exist_ok=True)
     with cli.whole_file(out) as temporary:
         temporary.write_text(json.dumps(asked | as_json(scores | by_class), indent=1) + "\n")
     print(table(scores, data.vocabulary, unseen))
@@ -245,7 +255,8 @@ def _report(
 
 def _numbers_of(path: Path) -> dict[str, float]:
     """The single numbers of a file that another process saved."""
-    return {k: v for k, v in json.loads(path.read_text()).items() if isinstance(v, float)}
+    asked = ("text_weight", "phrase_threshold")
+    return {k: v for k, v in json.loads(path.read_text()).items() if isinstance(v, float) and k not in asked}
 
 
 def _to(value: Any, device: Any) -> Any:

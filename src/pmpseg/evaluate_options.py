@@ -1,6 +1,7 @@
 """What ``python -m pmpseg.evaluate`` may be told, and what is wrong with it."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,11 @@ def check(options: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
         raise InputError("a second stage names masks by words only: ask with --prompt-form text, or leave --region out")
     if options.class_chunk < 1:
         raise InputError(f"--class-chunk: got {options.class_chunk}, want 1 or more")
+    for key in ("image_size", "max_size"):
+        if getattr(options, key) is not None and getattr(options, key) < 1:
+            raise InputError(f"--{key.replace('_', '-')}: got {getattr(options, key)}, want pixels, 1 or more")
+    if options.oracle and options.ensemble_weight is not None:
+        raise InputError("--ensemble-weight says nothing to an oracle, in which one stage answers: leave it out")
     if options.devices < 1:
         raise InputError(f"--devices: got {options.devices}, want 1 or more")
     weight = options.ensemble_weight
@@ -97,6 +103,9 @@ def check(options: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
     benchmarks = _benchmarks(options.benchmark)
     if benchmarks and options.config:
         raise InputError("got both -c and --benchmark: give one of them")
+    of_phrases = {"threshold": None, "phrase_mode": "alone", "prompt_form": "text"}
+    for key in (key for key, unset in of_phrases.items() if benchmarks and getattr(options, key) != unset):
+        raise InputError(f"--{key.replace('_', '-')} is for phrases, and benchmarks have class lists: leave it out")
     if not benchmarks:
         of_benchmarks = ("root", "image_size", "max_size", "names_only", "num_workers", "name")
         for key in of_benchmarks + (("ensemble_weight",) if weight == "paper" else ()):
@@ -112,8 +121,15 @@ def check(options: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
         raise InputError(f"--out {options.out} is a folder: give a file, as in {options.out / 'metrics.json'}")
     if options.save_labels and options.save_labels.exists() and any(options.save_labels.iterdir()) and not launched():
         raise InputError(f"--save-labels {options.save_labels} is not empty: give a new folder")
-    (options.out if benchmarks else options.out.parent).mkdir(parents=True, exist_ok=True)
+    check_place(options.out if benchmarks else options.out.parent)
     return folder, benchmarks
+
+
+def check_place(folder: Path) -> None:
+    """Raises InputError where a folder cannot be made or written: hours of work would be lost."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(f"--out {folder}: {there} is no folder that may be written: choose another place")
 
 
 def _benchmarks(names: str | None) -> dict[str, Any]:
@@ -138,6 +154,6 @@ def views_of(options: argparse.Namespace) -> Any:
     given = {name: value for name, value in given.items() if value is not None}
     if options.window is None and given:
         raise InputError("--overlap and --window-weights are for sliding windows: add --window")
-    if options.scales:
+    if options.scales is not None:
         given["scales"] = tuple(_number("--scales", part) for part in options.scales.split(","))
     return Views(**given, flip=options.flip)

@@ -57,7 +57,8 @@ class Evaluator(nn.Module):
 
     ``form``: what phrases are asked with; other than text it wants supports in the batches. The class list is asked by words.
 
-    ``views``: the looks that the class list's map is made of; phrases are asked once, of the whole image.
+    ``views``: the looks that the class list's map is made of, all of which are kept until then (masks of queries are small; a
+    CLIPSeg's logits are not: B x C x H x W a look). Phrases are asked once, of the whole image.
     ``chunk``: classes whose scores are there together, at the answer's size; it changes nothing but the memory.
     ``unseen``: the classes without training labels, where they are not the vocabulary's.
     ``oracle``: the truth takes one stage's place, to see what the other one loses: the ``masks`` are the truth's and the second
@@ -165,12 +166,16 @@ class Evaluator(nn.Module):
                 raise InputError("the oracle's masks are named by a second stage: give one with --region")
             return name_true_masks(region, image, batch["labels"], words, self.ignore_index), None
         prompts = text.encode(words)
+        if self.oracle == "classes":
+            region = None  # the truth names, and no CLIP
 
         def ask(part: Tensor, encoded: Encoded | None = None) -> Answer:
             encoded = network.encode(part) if encoded is None else encoded
             return ask_together(network, encoded, prompts, region.ask(part, words) if region else None)
 
         if not self.views.is_plain:
+            if self.views.scales != (1.0,) and "scaled" not in batch:
+                raise InputError("scales: this data gives its images at one scale only: leave --scales out")
             images = [scaled.float() / 255 for scaled in batch["scaled"]] if "scaled" in batch else [image]
             return merged_labels(list(look(images, self.views, ask)), size, self.chunk, self.class_factors), None
         prediction = ask(image, features)
@@ -234,10 +239,12 @@ class Evaluator(nn.Module):
         scores: dict[str, Any] = {}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*was called before the ``update``")  # data, or a rank, without phrases
-            by_class = {} if self.classes is None else self.classes.compute()
+            by_class = {} if self.classes is None else dict(self.classes.compute())
             by_phrase: dict[str, Any] = dict(self.phrases.compute())  # a copy: torchmetrics keeps what it returned
             by_paper: dict[str, Any] = {} if self.paper is None else dict(self.paper.compute())
             without_support = int(self.without_support.compute())
+        if self.classes is not None and not self.classes.unseen:
+            by_class.pop("miou_seen")  # which would be another name of miou
         scores |= {k: float(v) for k, v in by_class.items() if k != "iou" and not math.isnan(v)}
         if by_class:
             scores["iou"] = by_class["iou"].cpu()

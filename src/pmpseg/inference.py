@@ -145,7 +145,7 @@ def ask_together(network: Network, features: Encoded, prompts: Prompts, regions:
     A list of one is weighed against ``regions.contrast``, as OVSeg's demo does: a softmax over one name would find it anywhere.
     """
     prediction: Answer = network.decode(features, prompts)  # type: ignore[arg-type]
-    if regions is None:
+    if regions is None or regions.classifier.weight == 0:  # whose names would count for nothing
         return prediction
     if isinstance(prediction, PixelPrediction):
         raise InputError("a second stage names the masks of queries, and this model has none: ask it without region")

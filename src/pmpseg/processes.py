@@ -4,10 +4,12 @@ Each process works on its own share of the data; torchmetrics adds the counts up
 """
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +19,10 @@ from .cli import one_line
 from .errors import InputError
 
 GRACE = 5.0  # seconds that rank 0 has to say itself what went wrong
+LOST = 75  # the status of a process that ended because another one did
+LAUNCHED = "PMPSEG_LAUNCHED"  # in the environment of what ``launch`` started
+# Of what torch.distributed raises when another process is gone.
+GONE = ("gloo", "nccl", "connection closed by peer", "connection reset", "broken pipe")
 
 
 def launched() -> bool:
@@ -27,14 +33,14 @@ def launched() -> bool:
 def launch(module: str, args: Sequence[str], count: int) -> None:
     """Runs ``python -m module args`` in ``count`` processes on this machine and waits for all of them.
 
-    The output is that of rank 0. Raises InputError with the last line of what another one said, if that one failed.
+    The output is that of rank 0. Raises InputError with the last line of what another one said, if that one failed first.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, LAUNCHED: 1}
     threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _ended_by_sigterm():
         processes = []
         for rank in range(count):
             of_rank = {k: str(v) for k, v in (common | {"RANK": rank, "LOCAL_RANK": rank}).items()}
@@ -49,24 +55,47 @@ def launch(module: str, args: Sequence[str], count: int) -> None:
                 process.wait()
         if failed:
             with open(f"{folder}/{failed}") as file:
-                lines = file.read().strip().splitlines() or ["it said nothing"]
-            raise InputError(f"process {failed} of {count} failed: {one_line(lines[-1])}")
-    if status := processes[0].returncode:
+                lines = file.read().strip().splitlines()
+            status = processes[failed].returncode
+            reason = one_line(lines[-1]).removeprefix("pmpseg: error: ") if lines and status > 0 else _ending(status)
+            raise InputError(f"process {failed} of {count} failed: {reason}")
+    status = processes[0].returncode
+    if status < 0:
+        raise InputError(f"process 0 of {count} failed: {_ending(status)}")
+    if status:
         sys.exit(status)  # it has said why
 
 
 def _wait(processes: list[subprocess.Popen]) -> int:
-    """The first rank other than 0 that failed while rank 0 did not; 0 otherwise."""
+    """The first rank other than 0 that failed by itself, and not because of rank 0; 0 if there is none."""
     while True:
         states = [process.poll() for process in processes]
-        if states[0] or all(state == 0 for state in states):
+        wrong = [rank for rank, state in enumerate(states) if rank and state and state != LOST]
+        if all(state == 0 for state in states) or (states[0] and (states[0] != LOST or not wrong)):
             return 0
-        if wrong := [rank for rank, state in enumerate(states) if state]:
+        if wrong:
             try:
-                return 0 if processes[0].wait(GRACE) else wrong[0]
+                return 0 if processes[0].wait(GRACE) not in (0, LOST) else wrong[0]
             except subprocess.TimeoutExpired:
                 return wrong[0]
         time.sleep(0.05)
+
+
+def _ending(status: int) -> str:
+    return f"it was ended by signal {-status}, which may mean that memory ran out" if status < 0 else f"status {status}"
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM becomes SystemExit, so that what was started here is ended, too."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -86,6 +115,12 @@ def together(device: str) -> Iterator[tuple[int, str]]:
     torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     try:
         yield rank, device
+    except RuntimeError as error:
+        if not any(word in str(error).lower() for word in GONE):
+            raise
+        if LAUNCHED in os.environ:  # the other one's words are told by ``launch``
+            sys.exit(LOST)
+        raise InputError("another process of this evaluation ended early: see what it said") from error
     finally:
         torch.distributed.destroy_process_group()
 

@@ -20,7 +20,7 @@ def rows(model: str, scores: Mapping[str, Mapping[str, Any]]) -> str:
     head = ["model", "mIoU over", *scores]
     lines = [head, ["---"] * len(head)]
     for rule, meaning in RULES.items():
-        lines.append([model, meaning, *(_percent(found.get(rule, math.nan)) for found in scores.values())])
+        lines.append([model.replace("|", "\\|"), meaning, *(_percent(found.get(rule, math.nan)) for found in scores.values())])
     return "\n".join(f"| {' | '.join(cells)} |".replace("| ---", "|---").replace("--- |", "---|") for cells in lines)
 
 
@@ -61,6 +61,8 @@ def table(scores: dict[str, Any], vocabulary: Vocabulary, unseen: Collection[int
 
 
 def _in_columns(values: dict[str, float], columns: int) -> list[str]:
+    if not values:
+        return []
     width = max(map(len, values)) + 2
     cells = [f"{name:<{width}}{_percent(value):>5}" for name, value in values.items()]
     rows = -(-len(cells) // max(1, min(columns, 118 // (width + 8))))
