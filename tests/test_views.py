@@ -76,6 +76,29 @@ def test_windows_against_a_loop(weights):
     assert weight.min() > 0 and (found == wanted).mean() > 0.999  # float32 beside float64
 
 
+def test_windows_of_two_scales_against_a_loop():
+    """Each scale counts alike, however many windows cover a pixel."""
+    network, images = Known(by_pixel=True, classes=5), [picture(64, 96), picture(32, 48)]
+    total, weight = np.zeros((5, 64, 96)), np.zeros((64, 96))
+    tent = 1 - np.abs((np.arange(40) + 0.5) / 20 - 1)
+    for y in starts(64, 40, 0.6):
+        for x in starts(96, 40, 0.6):
+            part = network(images[0][..., y : y + 40, x : x + 40]).logits[0].sigmoid().double().numpy()
+            total[:, y : y + 40, x : x + 40] += part * np.outer(tent, tent)
+            weight[y : y + 40, x : x + 40] += np.outer(tent, tent)
+    covered, small_weight = np.zeros((1, 5, 32, 48)), np.zeros((32, 48))
+    rows = 1 - np.abs((np.arange(32) + 0.5) / 16 - 1)  # windows as high as the image
+    for x in starts(48, 40, 0.6):
+        part = network(images[1][..., x : x + 40]).logits.sigmoid().double().numpy()
+        covered[..., x : x + 40] += part * np.outer(rows, tent)
+        small_weight[:, x : x + 40] += np.outer(rows, tent)
+    small = torch.from_numpy(covered / small_weight)
+    wanted = total / weight + F.interpolate(small, (64, 96), mode="bilinear", align_corners=False)[0].numpy()
+    assert weight.max() > 1.5 * weight.min()
+    found = merged_labels(list(look(images, Views(40, 0.6, scales=(1, 0.5)), network)))[0].numpy()
+    assert (found == wanted.argmax(0)).mean() > 0.999
+
+
 def test_a_network_that_sees_pixels_only_does_not_mind_windows():
     network, image = Known(by_pixel=True), picture(90, 130)
     wanted = semantic_labels(network(image), (90, 130))
