@@ -320,13 +320,90 @@ def test_real_instances(shared):
     assert checked > 20
 
 
+SIX = {"id": 5, "file_name": "5.jpg", "height": 4, "width": 6}
+
+
+def instances(*annotations, images=(SIX,)):
+    return InstanceThings(json.dumps({"images": images, "annotations": annotations}).encode(), "x.json", class_of_thing())
+
+
+def test_an_image_of_another_size_than_the_json_says():
+    with pytest.raises(InputError, match=r"image 5 in x\.json is 6x4"):
+        instances().read("5", (6, 4))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"category_id": -1}, r"^x\.json: annotation 1 has category -1, none of COCO-Stuff's things"),
+        ({"iscrowd": 300}, r"^x\.json is not as COCO's files are: a number in it is too large"),
+        ({"segmentation": None}, r"^x\.json"),
+    ],
+)
+def test_a_damaged_annotation(change, message):
+    good = {"id": 1, "image_id": 5, "category_id": 3, "iscrowd": 0, "segmentation": [[0, 0, 6, 0, 6, 3, 0, 3]]}
+    assert instances(good).read("5", (4, 6)).classes.tolist() == [2]
+    with pytest.raises(InputError, match=message) as raised:
+        instances(good | change)
+    assert str(raised.value).count("x.json") == 1
+
+
+def test_an_image_that_is_listed_twice():
+    with pytest.raises(InputError, match=r"x\.json lists image 5 twice"):
+        instances(images=(SIX, SIX | {"id": 6}))
+
+
+def test_things_of_another_image_are_noticed(tmp_path):
+    """Annotations that are moved to the next image do not lie where the labels have their classes."""
+    root = make(tmp_path / "coco", 8, 2)
+    shutil.rmtree(root / "annotations" / "panoptic_train2017")
+    (root / "annotations" / "panoptic_train2017.json").unlink()
+    path = root / "annotations" / "instances_train2017.json"
+    content = json.loads(path.read_text())
+    CocoStuff(str(root), segments="things")
+    size = min((entry["height"], entry["width"]) for entry in content["images"])
+    ids = [entry["id"] for entry in content["images"] if (entry["height"], entry["width"]) == size]
+    assert len(ids) > 1
+    following = dict(zip(ids, ids[1:] + ids[:1], strict=True))
+    for entry in content["annotations"]:
+        entry["image_id"] = following.get(entry["image_id"], entry["image_id"])
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="its things do not lie where its label map has their classes"):
+        CocoStuff(str(root), segments="things")
+
+
+def test_what_lies_between_things_is_ignored(tmp_path):
+    """A pixel with a thing's label that is in no thing is no example of what the thing is not."""
+    root = make(tmp_path / "coco", 6, 2)
+    data = CocoStuff(str(root), segments="things", image_size=64, num_workers=0)
+    for index in range(6):
+        item = data.dataset("train")[0, index]
+        assert (item["labels"][item["segments"] < 0] == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"scale": (2.0, 0.5)}, "scale: got .2.0, 0.5., want .least, most., above 0"),
+        ({"scale": (0, 0)}, "scale: got"),
+        ({"crop_size": (0, 64)}, "crop_size: got .0, 64., want"),
+        ({"flip": 3}, "flip: got 3, want a probability"),
+        ({"colour": -1}, "colour: got -1, want ssd or a number from 0 to 1"),
+        ({"expect": (60,)}, "expect: got .60,., want the numbers of training and validation images"),
+    ],
+)
+def test_settings_that_make_no_sense(wrong, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        CocoStuff(str(tmp_path), **wrong)
+
+
 def test_a_crowd_lies_below_all_others():
     whole = np.ones((4, 6), bool)
     counts = rle.run_lengths(rle.encode(whole)).tolist()
     crowd = {"id": 1, "image_id": 5, "category_id": 1, "iscrowd": 1, "segmentation": {"size": [4, 6], "counts": counts}}
     one = {"id": 2, "image_id": 5, "category_id": 3, "iscrowd": 0, "segmentation": [[0, 0, 6, 0, 6, 3, 0, 3]]}
     small = one | {"id": 3, "segmentation": [[0, 0, 2, 0, 2, 2, 0, 2]]}
-    content = {"images": [{"id": 5, "file_name": "5.jpg"}], "annotations": [small, crowd, one]}
+    content = {"images": [SIX], "annotations": [small, crowd, one]}
     things = InstanceThings(json.dumps(content).encode(), "x", class_of_thing()).read("5", (4, 6))
     assert things.numbers.tolist() == [[0, 0, 2, 2, 2, 2]] * 2 + [[2] * 6] + [[1] * 6]
     assert things.classes.tolist() == [2, 0, 2] and things.crowd.tolist() == [False, True, False]

@@ -11,7 +11,6 @@ from .base import IGNORE
 from .image_store import ImageStore, exists
 
 SPLITS = {"train": "train2017", "val": "val2017", "test": "val2017"}
-FULL = (118287, 5000)  # images of train and val
 # Ids 1..91 are COCO's things, of which 11 were never annotated, 92..182 stuff. A map's values are ids - 1.
 NEVER_ANNOTATED = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)
 IDS = tuple(number for number in range(1, 183) if number not in NEVER_ANNOTATED)
@@ -60,6 +59,8 @@ class CocoFiles:
         self.images, self.maps = (_store(root, what, split) for what in PLACES)
         self.names = np.array([name.encode() for name in self.images.sorted_names], dtype=bytes)
         stems, maps = (_stems(store) for store in (self.images, self.maps))
+        if len(stems) < len(self.names):
+            raise InputError(f"{self.images.described}: two images of {split} differ by suffix only: remove one")
         for one, other, what, wanted in ((stems, maps, "label map", self.maps), (maps, stems, "image", self.images)):
             alone = sorted(one.keys() - other.keys())
             if alone:

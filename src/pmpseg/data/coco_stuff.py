@@ -24,7 +24,7 @@ import torch
 from pmpseg.errors import InputError
 from pmpseg.vocabulary import Vocabulary
 
-from .base import SegmentationData, SegmentationDataset, choose_prompts, collate, ignore_unseen
+from .base import IGNORE, SegmentationData, SegmentationDataset, choose_prompts, collate, ignore_unseen
 from .coco_captions import Captions
 from .coco_files import (
     ANNOTATIONS,
@@ -37,7 +37,7 @@ from .coco_files import (
     panoptic_maps,
     read_json,
 )
-from .coco_things import InstanceThings, PanopticThings, part
+from .coco_things import InstanceThings, PanopticThings, check_agreement, part
 from .items import class_list_item
 from .transforms import check_augmentation, eval_transform, train_transform
 
@@ -51,7 +51,8 @@ class CocoStuff(SegmentationData):
             [unseen] are ignored and never asked in training: pmpseg's coco_stuff_156.txt marks the usual 15.
         segments: class: items of training have labels only, a class is one mask. things: they also have ``segments``, each thing
             one of its own (``coco_things.part`` says how), from the panoptic JSON or, where there is none, the instances JSON.
-        captions: items of training have "captions", the image's captions. (``data.captions(split)`` has them, too.)
+        captions: items of training have "captions", the image's captions, which name unseen classes, too; so has
+            ``data.captions(split)``.
         expect: images of train and val, checked at start; the full set has 118287 and 5000.
         image_size: short side in evaluation, at most ``max_size`` for the long one.
         crop_size: (height, width) of a training image; by default a square of ``image_size``.
@@ -94,10 +95,13 @@ class CocoStuff(SegmentationData):
         super().__init__(image_size, num_prompts, batch_size, eval_batch_size, num_workers, seed)
         if segments not in ("class", "things"):
             raise InputError(f"segments: got {segments!r}, want class or things")
+        if expect is not None and (len(expect) != 2 or not all(isinstance(count, int) and count > 0 for count in expect)):
+            raise InputError(f"expect: got {expect}, want the numbers of training and validation images")
         self.root = Path(root)
         self.max_size, self.resize_labels = max_size, resize_labels
-        check_augmentation(colour, sizes, max_size, max_class_share)
-        crop = (crop_size[0], crop_size[1]) if crop_size else (image_size, image_size)
+        crop = tuple(crop_size) if crop_size else (image_size, image_size)
+        check_augmentation(crop, scale, flip, colour, sizes, max_size, max_class_share)
+        crop = (crop[0], crop[1])
         # called when a training begins: it imports albumentations
         self.augmentation = partial(train_transform, crop, scale, flip, colour, sizes, max_size, max_class_share)
         self.vocabulary = Vocabulary.read(classes or str(resources.files("pmpseg") / "assets" / "vocab" / "coco_stuff_171.txt"))
@@ -161,7 +165,9 @@ class CocoStuff(SegmentationData):
             raise InputError(f"segments: things: {self.root.resolve()} has no {wanted}")
         source.check([files.stem(index) for index in range(len(files))])
         for index in checked:
-            source.read(files.stem(index), files.labels(index).shape, strict=True)
+            labels = files.labels(index)
+            found = source.read(files.stem(index), labels.shape, strict=True)
+            check_agreement(found, labels, f"{source.where}: image {files.stem(index)}")
         return source
 
 
@@ -197,11 +203,14 @@ class CocoStuffDataset(SegmentationDataset):
         rng = np.random.default_rng([self.seed, epoch, index])
         sample = self.transform(sample, int(rng.integers(2**63)))
         sample["labels"] = ignore_unseen(sample["labels"], self.vocabulary)
+        if self.things is not None:
+            segments, classes = part(sample["labels"], things._replace(numbers=sample["segments"]))
+            # what lies between things is nobody's, not an example of what the class is not
+            sample["labels"] = np.where(segments < 0, IGNORE, sample["labels"])
         prompts, prompt_class = choose_prompts(_present(sample["labels"]), self.vocabulary, self.num_prompts, rng)
         item = class_list_item(sample, self.vocabulary, name, index)
         item |= {"prompts": prompts, "prompt_class": torch.from_numpy(prompt_class)}
         if self.things is not None:
-            segments, classes = part(sample["labels"], things._replace(numbers=sample["segments"]))
             place = np.full(256, -1, dtype=np.int64)
             place[prompt_class[prompt_class >= 0]] = np.flatnonzero(prompt_class >= 0)
             item |= {"segments": torch.from_numpy(segments), "segment_prompt": torch.from_numpy(place[classes])}

@@ -18,6 +18,8 @@ from .coco import polygon_mask
 from .image_store import ImageStore
 from .json_lists import visit_lists
 
+LEAST_AGREEMENT = 0.5  # of the pixels of an image's things; stuff often covers a part of them
+
 
 class Things(NamedTuple):
     numbers: np.ndarray
@@ -50,6 +52,13 @@ def part(labels: np.ndarray, things: Things) -> tuple[np.ndarray, np.ndarray]:
     return renumbered[code][pairs], np.concatenate([classes, label])[found]
 
 
+def check_agreement(things: Things, labels: np.ndarray, where: str) -> None:
+    """Raises ``InputError`` where most pixels of things have another class's label: things of one image, labels of another."""
+    inside = things.numbers >= 0
+    if inside.any() and (things.classes[things.numbers[inside]] == labels[inside]).mean() < LEAST_AGREEMENT:
+        raise InputError(f"{where}: its things do not lie where its label map has their classes: are both of one release?")
+
+
 class PanopticThings:
     """A panoptic JSON and its PNGs. ``class_of``: the class of a category id, (C,) integers, -1 where there is none."""
 
@@ -73,8 +82,10 @@ class PanopticThings:
 
         visit_lists(content, {"annotations": annotation, "categories": listed}, where)
         for thing in sorted(things):
-            if thing >= len(class_of) or class_of[thing] < 0:
+            if not 0 <= thing < len(class_of) or class_of[thing] < 0:
                 raise InputError(f"{where}: category {thing} is a thing, but none of COCO-Stuff's classes")
+        if not things:
+            raise InputError(f"{where} lists no category with isthing: it is no panoptic JSON of COCO")
         is_thing = np.isin(np.array(category), list(things))
         self._images = _Images(stems, where)
         self._first = self._images.first(np.array(image)[is_thing])
@@ -115,6 +126,7 @@ class InstanceThings:
         self.where = where
         stems: list[bytes] = []
         row_of: dict[int, int] = {}  # id of an image -> row
+        heights, widths = array("i"), array("i")
         owner, label, crowd, number = array("q"), array("h"), array("b"), array("q")
         all_points, polygon_ends, polygons = array("f"), array("q", [0]), array("q", [0])
         all_runs, runs_ends = array("i"), array("q", [0])
@@ -122,6 +134,8 @@ class InstanceThings:
         def image(entry: dict) -> None:
             row_of[entry["id"]] = len(stems)
             stems.append(_stem(entry["file_name"]))
+            heights.append(entry["height"])
+            widths.append(entry["width"])
 
         def annotation(entry: dict) -> None:
             category = entry["category_id"]
@@ -137,7 +151,10 @@ class InstanceThings:
                 polygon_ends.append(len(all_points))
             polygons.append(len(polygon_ends) - 1)
             if not isinstance(shape, list):
-                all_runs.extend(rle.run_lengths(shape).tolist())
+                try:
+                    all_runs.extend(rle.run_lengths(shape).tolist())
+                except InputError as error:
+                    raise InputError(f"{where}: annotation {entry['id']} has a bad mask: {error}") from None
             runs_ends.append(len(all_runs))
 
         visit_lists(content, {"images": image, "annotations": annotation}, where)
@@ -146,6 +163,7 @@ class InstanceThings:
         except KeyError as error:
             raise InputError(f"{where} annotates image id {error}, which is not in its list of images") from None
         self._images = _Images(stems, where)
+        self._sizes = np.stack([heights, widths], 1)
         self._first = self._images.first(rows)
         self._at = self._images.order.astype(np.int32)  # rows of an image, in what follows
         self._class, self._crowd, self._id = np.array(label), np.array(crowd, dtype=bool), np.array(number)
@@ -156,6 +174,9 @@ class InstanceThings:
         self._images.check(stems, self.where)
 
     def read(self, stem: str, shape: tuple[int, int], strict: bool = False) -> Things:
+        size = tuple(self._sizes[self._images.place(stem)].tolist())
+        if size != shape:
+            raise InputError(_wrong_size(f"image {stem} in {self.where}", size, shape))
         rows = self._at[self._images.rows(stem, self._first)]
         masks = [self._mask(row, shape) for row in rows]
         areas = [np.inf if self._crowd[row] else mask.sum() for row, mask in zip(rows, masks, strict=True)]
@@ -187,6 +208,9 @@ class _Images:
             raise InputError(f"{where} lists no images")
         self._order = np.argsort(np.array(stems, dtype=bytes), kind="stable")
         self._stems = np.array(stems, dtype=bytes)[self._order]
+        twice = self._stems[1:][self._stems[1:] == self._stems[:-1]]
+        if len(twice):
+            raise InputError(f"{where} lists image {twice[0].decode()} twice")
         self.order = np.zeros(0, dtype=np.int64)
 
     def first(self, owner: np.ndarray) -> np.ndarray:
@@ -197,6 +221,10 @@ class _Images:
         owner = place[owner.astype(np.int64)]
         self.order = np.argsort(owner, kind="stable")
         return np.searchsorted(owner[self.order], np.arange(len(place) + 1))
+
+    def place(self, stem: str) -> int:
+        """Of an image in the JSON's list."""
+        return int(self._order[np.searchsorted(self._stems, stem.encode())])
 
     def rows(self, stem: str, first: np.ndarray) -> slice:
         at = int(np.searchsorted(self._stems, stem.encode()))

@@ -33,6 +33,10 @@ def visit_lists(content: bytes, visits: Mapping[str, Visit], where: str) -> None
             at = _skip(text, at)
             if text[at] == ",":
                 at = _skip(text, at + 1)
+    except InputError:
+        raise
+    except OverflowError as error:
+        raise InputError(f"{where} is not as COCO's files are: a number in it is too large ({error})") from None
     except (ValueError, IndexError) as error:
         raise InputError(f"{where} is not a whole JSON file: {error}") from None
     except (KeyError, TypeError) as error:

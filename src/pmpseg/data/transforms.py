@@ -48,8 +48,8 @@ def train_transform(
     (seed, epoch, index), decides everything, so it does not matter which worker calls it or how often.
     Raises ``InputError`` for settings that make no sense.
     """
-    check_augmentation(colour, sizes, max_size, max_class_share)
     height, width = (size, size) if isinstance(size, int) else size
+    check_augmentation((height, width), scale, flip, colour, sizes, max_size, max_class_share)
     short = min(height, width)
     if sizes is None:
         sizes = range(max(1, round(scale[0] * short)), round(scale[1] * short) + 1)
@@ -57,11 +57,23 @@ def train_transform(
 
 
 def check_augmentation(
-    colour: float | str, sizes: Sequence[int] | None, max_size: int | None, max_class_share: float
+    crop: Sequence[int],
+    scale: tuple[float, float],
+    flip: float,
+    colour: float | str,
+    sizes: Sequence[int] | None,
+    max_size: int | None,
+    max_class_share: float,
 ) -> None:
     """Raises ``InputError`` for settings of ``train_transform`` that make no sense, without importing what it needs."""
-    if isinstance(colour, str) and colour != "ssd":
-        raise InputError(f"colour: got {colour!r}, want ssd or a number, the range of brightness")
+    if len(crop) != 2 or min(crop) < 1:
+        raise InputError(f"crop_size: got {list(crop)}, want [height, width], 1 pixel or more")
+    if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
+        raise InputError(f"scale: got {list(scale)}, want [least, most], above 0")
+    if not 0 <= flip <= 1:
+        raise InputError(f"flip: got {flip}, want a probability, 0 to 1")
+    if colour != "ssd" and not (isinstance(colour, int | float) and 0 <= colour <= 1):
+        raise InputError(f"colour: got {colour!r}, want ssd or a number from 0 to 1, the range of brightness")
     if not 0 < max_class_share <= 1:
         raise InputError(f"max_class_share: got {max_class_share}, want a share above 0, up to 1")
     if sizes is not None and not (sizes and min(sizes) > 0):
