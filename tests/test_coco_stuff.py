@@ -22,6 +22,7 @@ from pmpseg.data.coco_things import InstanceThings, PanopticThings, Things, part
 from pmpseg.data.image_store import ImageStore
 from pmpseg.data.json_lists import visit_lists
 from pmpseg.errors import InputError
+from pmpseg.inference import with_synonyms
 from pmpseg.vocabulary import Vocabulary
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -180,6 +181,25 @@ def test_unseen_classes_are_ignored_and_never_asked_in_training(folders):
     assert met > 1000
     evaluated = [set(held.dataset("val")[index]["labels"].unique().tolist()) for index in range(4)]
     assert unseen & set.union(*evaluated)
+
+
+# ---- synonyms
+
+
+def test_classes_may_go_by_their_names_only(folders):
+    """In training and in validation; which classes, and which are unseen, stays as it is."""
+    every, named = (data(folders, classes=str(SPLIT_156), num_prompts=None, synonyms=kept) for kept in (True, False))
+    names = every.vocabulary.names
+    assert named.vocabulary.names == names and named.vocabulary.unseen == every.vocabulary.unseen
+    assert with_synonyms(names, named.vocabulary) == [[name] for name in names]  # what the evaluator asks
+    asked = {}
+    for held in (every, named):
+        items = [held.dataset("train")[0, index] for index in range(4)]
+        asked[held] = [(item["prompt_class"].tolist(), item["prompts"]) for item in items]
+    assert [classes for classes, _ in asked[every]] == [classes for classes, _ in asked[named]]
+    assert all(prompts == [names[index] for index in classes] for classes, prompts in asked[named])
+    assert any(prompts != [names[index] for index in classes] for classes, prompts in asked[every])
+    assert named.dataset("val")[0]["prompts"] == names
 
 
 # ---- segments

@@ -93,10 +93,13 @@ def test_ignored_pixels_have_no_gradient():
     assert logits.grad[..., 5:].abs().max() > 0
 
 
-def test_images_without_objects():
+@pytest.mark.parametrize("num_points", [64, None])
+def test_images_without_objects(num_points):
     prediction, masks, present = small(layers=3)
     logits = prediction.class_logits.clone().requires_grad_()
-    losses = SetLoss(num_points=64)(prediction._replace(class_logits=logits), torch.zeros_like(masks), torch.zeros_like(present))
+    masks = masks.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    prediction, loss = prediction._replace(class_logits=logits), SetLoss(num_points=num_points)
+    losses = loss(prediction, torch.zeros_like(masks), torch.zeros_like(present))
     assert losses["mask"] == 0 and losses["dice"] == 0 and losses["class"] > 0
     losses["loss"].backward()
     assert torch.isfinite(logits.grad).all()
@@ -299,6 +302,38 @@ def test_maskformers_loss_by_the_plainest_way(kind):
     pairs = list(zip(best, (0, 2), strict=True))
     assert torch.isclose(found["mask"], 20 * sum(each(large[q], masks[0, k].float()).mean() for q, k in pairs) / 2)
     assert torch.isclose(found["dice"], sum(dice(large[q], masks[0, k].float()) for q, k in pairs) / 2)
+
+
+def middles(size):
+    """The middles of all pixels (h, w) as points (1, h * w, 2)."""
+    y, x = ((torch.arange(length) + 0.5) / length for length in size)
+    return torch.stack([x.expand(size[0], -1), y[:, None].expand(-1, size[1])], -1).flatten(0, 1)[None]
+
+
+@pytest.mark.parametrize("as_products", [False, True])
+@pytest.mark.parametrize("size", [(8, 12), (26, 48), (5, 7)])
+def test_all_pixels_are_the_points_in_their_middles(as_products, size, monkeypatch):
+    """The loss and all gradients are those of points that are given: of the logits' pixels to match, then of the targets'."""
+    torch.manual_seed(0)
+    features, classes = torch.randn(2, 6, 8, 12), [torch.randn(2, 5, 4) for _ in range(3)]
+    embedding = torch.randn(3, 2, 5, 6)
+    masks, present = torch.rand(2, 3, *size) > 0.6, torch.tensor([[True, False, True], [False, True, False]])
+    counted, results = torch.rand(2, *size) > 0.2, []
+    for num_points in (None, 1):
+        leaves = [x.clone().requires_grad_() for x in (features, embedding, *classes)]
+        logits = torch.einsum("lbqd,bdhw->lbqhw", leaves[1], leaves[0])
+        layers = list(zip(logits, leaves[2:], strict=True))
+        prediction = Prediction(*layers[-1], layers[:-1], None, MaskFactors(leaves[1], leaves[0]) if as_products else None)
+        loss = SetLoss(1.0, 20.0, 1.0, 0.1, num_points=num_points, mask_loss="focal")
+        if num_points:  # the sampled way, at those points
+            monkeypatch.setattr(torch, "rand", lambda *size, device: middles((8, 12)).expand(2, -1, -1))
+            monkeypatch.setattr(loss, "sample_points", lambda chosen: middles(size).expand(len(chosen), -1, -1))
+        found = loss(prediction, masks, present, counted)
+        found["loss"].backward()
+        results.append([*(x.detach() for x in found.values()), *(x.grad for x in leaves)])
+    assert all(x.abs().sum() > 0 for x in results[0])
+    for pixels, points in zip(*results, strict=True):
+        torch.testing.assert_close(pixels, points, atol=1e-5, rtol=1e-4)
 
 
 def test_a_mask_loss_that_is_none():

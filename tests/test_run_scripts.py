@@ -49,6 +49,8 @@ def test_every_command_is_understood(name, fits, scores, tmp_path, parsed):
         config = parsed(args)
         folders.add(Path(config.trainer.default_root_dir))
         assert config.data.init_args.batch_size * int(config.trainer.devices) in total
+        if name == "ovseg.sh" and "CocoStuff" in config.data.class_path:  # trained as it is asked
+            assert not config.data.init_args.synonyms
     assert len(folders) == fits
     for folder in folders:
         (folder / "model").mkdir(parents=True)
@@ -59,6 +61,7 @@ def test_every_command_is_understood(name, fits, scores, tmp_path, parsed):
         model, benchmarks = check(options)  # whose folder is one of those above
         assert model.parent in folders and bool(benchmarks) == ("--benchmark" in args)
         assert options.region is None or "/clip-vit-" in options.region or Path(options.region) in folders
+        assert options.names_only == (name == "ovseg.sh")
         results.append(options.out)
         if options.config:
             schema = Schema({"data"}, {"data": object})

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from .errors import InputError
 from .models.prompts import NOT_ASKED, MaskFactors, Prediction
-from .point_losses import MASK_LOSSES, centres, dice_loss, sample
+from .point_losses import MASK_LOSSES, at_pixels, dice_loss, sample
 
 
 class SetLoss(nn.Module):
@@ -109,14 +109,19 @@ class SetLoss(nn.Module):
         parts = {"class": named.sum() / total_weight * len(layers)}
 
         chosen = mask_logits.of(row, query)  # (N, 1, h, w)
-        points = self.sample_points(chosen, masks)
-        logits, truth, inside = sample(chosen, points)[:, 0], torch.empty_like(points[..., 0]), torch.empty_like(points[..., 0])
-        for layer in range(len(layers)):  # one at a time, since whole masks are large
-            at = row // batch == layer
-            there = known[image[at]]
-            inside[at] = sample(there, points[at])[:, 0]
-            truth[at] = sample(within(masks[image[at], target[at], None], there), points[at])[:, 0]
-        truth = truth / inside.clamp(min=1e-6)  # the share of what is known
+        if self.num_points is None:  # nothing is in between: a truth is 0 or 1
+            logits, inside = at_pixels(chosen, masks.shape[-2:])[:, 0], known[image, 0].flatten(1)
+            truth = within(masks[image, target], known[image, 0]).flatten(1)
+        else:
+            points = self.sample_points(chosen)
+            logits = sample(chosen, points)[:, 0]
+            truth, inside = torch.empty_like(logits), torch.empty_like(logits)
+            for layer in range(len(layers)):  # one at a time, since whole masks are large
+                at = row // batch == layer
+                there = known[image[at]]
+                inside[at] = sample(there, points[at])[:, 0]
+                truth[at] = sample(within(masks[image[at], target[at], None], there), points[at])[:, 0]
+            truth = truth / inside.clamp(min=1e-6)  # the share of what is known
         each = self.each_point(logits, truth) * inside
         parts["mask"] = (each.sum(1) / inside.sum(1).clamp(min=1)).sum() / total_masks.clamp(min=1)
         parts["dice"] = dice_loss(logits, truth, inside).sum() / total_masks.clamp(min=1)
@@ -147,12 +152,9 @@ class SetLoss(nn.Module):
         every = names.repeat(rows // batch, 1)[:, None].expand(-1, class_logits.shape[1], -1)  # (L * B, Q, M)
         named = -class_logits.softmax(-1).gather(2, every)
         # The same points for all masks of an image; more would not change who is matched.
-        if self.num_points is None:
-            points = centres(mask_logits.size, masks.device).expand(batch, -1, -1)
-        else:
-            points = torch.rand(batch, self.num_points, 2, device=masks.device)
-        truth, inside = sample(masks, points), sample(known, points)  # (B, M, P), (B, 1, P)
-        logits = mask_logits.at(points)  # (L * B, Q, P)
+        points = None if self.num_points is None else torch.rand(batch, self.num_points, 2, device=masks.device)
+        truth, inside = (at_pixels(x, mask_logits.size) if points is None else sample(x, points) for x in (masks, known))
+        logits = mask_logits.at(points)  # (L * B, Q, P), of truth (B, M, P) and inside (B, 1, P)
         truth, inside = (x.repeat(rows // batch, 1, 1) for x in (truth, inside))
         count = inside.sum(-1, keepdim=True).clamp(min=1)
         # The mask loss of all pairs at once: outside(x) + difference(x) * y summed over points.
@@ -173,13 +175,10 @@ class SetLoss(nn.Module):
         return row, query, target
 
     @torch.no_grad()
-    def sample_points(self, logits: Tensor, masks: Tensor) -> Tensor:
-        """Points for each of N masks (N, 1, h, w) -> (N, P, 2) in [0, 1]: mostly the least sure of many, the rest anywhere; or
-        all pixels of the targets' ``masks`` (..., H, W).
-        """
+    def sample_points(self, logits: Tensor) -> Tensor:
+        """Points for each of N masks (N, 1, h, w) -> (N, P, 2) in [0, 1]: mostly the least sure of many, the rest anywhere."""
+        assert self.num_points is not None
         count = len(logits)
-        if self.num_points is None:
-            return centres(masks.shape[-2:], logits.device).expand(count, -1, -1)
         many = torch.rand(count, int(self.num_points * self.oversample), 2, device=logits.device)
         unsure = int(self.num_points * self.importance)
         best = sample(logits, many)[:, 0].abs().topk(unsure, 1, largest=False).indices if count else many[:, :unsure, 0].long()
@@ -193,8 +192,10 @@ class Masks:
     def __init__(self, logits: Tensor) -> None:
         self.logits, self.size = logits, logits.shape[-2:]
 
-    def at(self, points: Tensor) -> Tensor:
-        """At points (B, P, 2) of each image -> (L * B, Q, P)."""
+    def at(self, points: Tensor | None) -> Tensor:
+        """At points (B, P, 2) of each image, or at all pixels -> (L * B, Q, P)."""
+        if points is None:
+            return self.logits.flatten(2)
         return sample(self.logits, points.repeat(len(self.logits) // len(points), 1, 1))
 
     def of(self, row: Tensor, query: Tensor) -> Tensor:
@@ -211,8 +212,9 @@ class Products:
         self.embedding, self.features = (x.float() for x in factors)
         self.size = self.features.shape[-2:]
 
-    def at(self, points: Tensor) -> Tensor:
-        return (self.embedding @ sample(self.features, points)).flatten(0, 1)
+    def at(self, points: Tensor | None) -> Tensor:
+        features = self.features.flatten(2) if points is None else sample(self.features, points)
+        return (self.embedding @ features).flatten(0, 1)
 
     def of(self, row: Tensor, query: Tensor) -> Tensor:
         image = row % len(self.features)

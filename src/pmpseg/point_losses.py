@@ -58,7 +58,11 @@ def sample(maps: Tensor, points: Tensor) -> Tensor:
     return F.grid_sample(maps, 2 * points[:, :, None] - 1, padding_mode="border", align_corners=False)[..., 0]
 
 
-def centres(size: Sequence[int], device: torch.device) -> Tensor:
-    """The middles of all pixels of a map (h, w) as points (1, h * w, 2)."""
-    y, x = ((torch.arange(length, device=device) + 0.5) / length for length in size)
-    return torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1)[None]
+def at_pixels(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear values of maps (B, C, H, W) at the middles of all pixels of a map (h, w) -> (B, C, h * w).
+
+    They are ``sample``'s, without its grid for each of the maps, which would also be kept for the gradient.
+    """
+    if maps.shape[-2:] != torch.Size(size):
+        maps = F.interpolate(maps, tuple(size), mode="bilinear", align_corners=False)
+    return maps.flatten(2)

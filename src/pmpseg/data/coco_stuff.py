@@ -49,6 +49,7 @@ class CocoStuff(SegmentationData):
         root: where the folders or zips lie, as above.
         classes: the vocabulary, 171 classes in COCO-Stuff's order, by default pmpseg's coco_stuff_171.txt. Classes that it marks
             [unseen] are ignored and never asked in training: pmpseg's coco_stuff_156.txt marks the usual 15.
+        synonyms: False: each class goes by its name only, in training, in validation and in the saved model.
         segments: class: items of training have labels only, a class is one mask. things: they also have ``segments``, each thing
             one of its own (``coco_things.part`` says how), from the panoptic JSON or, where there is none, the instances JSON.
         captions: items of training have "captions", the image's captions, which name unseen classes, too; so has
@@ -74,6 +75,7 @@ class CocoStuff(SegmentationData):
         self,
         root: str = "../data/coco",
         classes: str | None = None,
+        synonyms: bool = True,
         segments: Literal["class", "things"] = "class",
         captions: bool = False,
         expect: tuple[int, int] | None = None,
@@ -107,6 +109,8 @@ class CocoStuff(SegmentationData):
         self.vocabulary = Vocabulary.read(classes or str(resources.files("pmpseg") / "assets" / "vocab" / "coco_stuff_171.txt"))
         if len(self.vocabulary) != len(IDS):
             raise InputError(f"{classes}: got {len(self.vocabulary)} classes, want COCO-Stuff's {len(IDS)}, in its order")
+        if not synonyms:
+            self.vocabulary = Vocabulary.of(self.vocabulary.names, self.vocabulary.unseen)
         counts = dict(zip(("train", "val"), expect or (None, None), strict=True))
         found = [split for split in counts if find_split(self.root, SPLITS[split])]
         if not found:
