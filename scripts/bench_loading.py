@@ -26,12 +26,12 @@ PARTS = ("read and decode", "things", "augment", "labels, prompts, tensors", "co
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-c", "--config", help="by default CocoStuff as it is, in crops of 512")
     parser.add_argument("--root", help="the same as --data.root")
-    parser.add_argument("--images", type=int, default=200, help="in each turn")
-    parser.add_argument("--workers", type=int, default=2, help="of the loader")
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--images", type=cli.positive, default=200, help="in each turn")
+    parser.add_argument("--workers", type=cli.positive, default=2, help="of the loader, beside none; default: 2")
+    parser.add_argument("--turns", type=cli.positive, default=3)
     args, rest = parser.parse_known_args(arguments)
     spec = read_data(args.config) if args.config else {"class_path": "pmpseg.data.CocoStuff"}
     spec = with_arguments(spec, [*rest, *(["--data.root", args.root] if args.root else [])])

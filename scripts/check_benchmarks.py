@@ -65,7 +65,7 @@ def check(spec: BenchmarkSpec, root: Path) -> bool:
         source = LabelMaps(spec, root, len(names))
         source.check_sizes()
         for index in tqdm(range(len(source)), desc=spec.title, disable=None):
-            labels = source.labels(index)
+            labels = source.read(index)["labels"]  # the photograph, too, which may be cut short
             valid = labels != spec.ignore_index
             counts += np.bincount(labels[valid], minlength=len(names))
             ignored += int((~valid).sum())

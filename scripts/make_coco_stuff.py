@@ -12,6 +12,7 @@ polygons, crowds with run lengths; panoptic JSONs and PNGs; five captions each.
 import argparse
 import io
 import json
+import shutil
 import zipfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from pmpseg import cli, rle
 from pmpseg.data.scene_drawing import COLOURS, KINDS, SHAPES, STUFF, Scene, draw_scene, group_of
@@ -70,17 +72,18 @@ class Drawn:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--count", type=int, default=2000, help="training images")
-    parser.add_argument("--val-count", type=int, default=200)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder, which must not have such a set yet")
+    parser.add_argument("--count", type=cli.positive, default=2000, help="training images; default: 2000")
+    parser.add_argument("--val-count", type=cli.positive, default=200, help="validation images; default: 200")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--zips", action="store_true", help="zips in place of folders")
     form.add_argument("--both", action="store_true", help="zips beside the folders")
-    parser.add_argument("--side", type=int, default=640, help="the longer side of an image, 192 to 840")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--side", type=int, default=640, help="the longer side of an image, 96 to 840; default: 640")
+    parser.add_argument("--workers", type=cli.positive, default=2, help="processes that draw; default: 2")
     args = parser.parse_args(arguments)
     make(args.out, args.count, args.val_count, not args.zips, args.zips or args.both, args.side, args.workers)
+    print(f"{args.out}: {args.count} training and {args.val_count} validation images")
 
 
 def make(
@@ -93,13 +96,18 @@ def make(
         if (out / taken).exists():
             raise InputError(f"{out / taken} is there already: remove it, or write to another folder")
     counts = {split: n for split, n in (("train", count), ("val", val_count)) if n}
+    part = out / ".part"  # of which nothing is seen before all is there
+    shutil.rmtree(part, ignore_errors=True)
     with ExitStack() as stack:
-        sink = Sink(out, folders, zips, stack)
+        sink = Sink(part, folders, zips, stack)
         pool = stack.enter_context(ProcessPoolExecutor(workers)) if workers else None
         for split, n in counts.items():
             work = partial(draw, split, side=side)
             drawn = pool.map(work, range(n), chunksize=8) if pool else map(work, range(n))
-            write_split(sink, SPLITS[split], drawn)
+            write_split(sink, SPLITS[split], tqdm(drawn, SPLITS[split], n, disable=None if workers else True))
+    for made in sorted(part.iterdir()):
+        made.rename(out / made.name)
+    part.rmdir()
 
 
 class Sink:

@@ -1,5 +1,6 @@
 """What the scripts that prepare benchmarks share: folders of label maps that are whole or not there, and runs that go on."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,11 @@ def whole_folder(folder: Path, settings: dict) -> Iterator[Path]:
     note.write_text(wanted, encoding="utf-8")
     yield part
     part.replace(folder)
+
+
+def digest(stems: Sequence[str]) -> str:
+    """Of a list of names: another list of the same length must not go on where this one stopped."""
+    return hashlib.sha256("\n".join(stems).encode()).hexdigest()[:16]
 
 
 def make_all(stems: Sequence[str], make: Callable[[str], None], done: Callable[[str], bool], title: str) -> int:

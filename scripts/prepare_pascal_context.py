@@ -21,7 +21,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
-from prepare_common import make_all, mapped_share, save_map, whole_folder
+from prepare_common import digest, make_all, mapped_share, save_map, whole_folder
 
 from pmpseg import cli
 from pmpseg.errors import InputError
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     tables = {count: table(count, numbers) for count in args.classes}
     with ExitStack() as stack:
-        settings = {"list": args.list.name, "images": len(stems)}
+        settings = {"list": args.list.name, "images": len(stems), "names": digest(stems)}
         parts = {n: stack.enter_context(whole_folder(folder_of(args.root, n), settings)) for n in tables}
 
         def make(stem: str) -> None:
@@ -137,9 +137,10 @@ def read_mat(path: Path) -> np.ndarray:
         raise InputError(f"{path} has no LabelMap: it is no annotation of Pascal Context") from None
     except broken as error:
         raise InputError(f"{path}: cannot be read as a .mat file ({str(error) or type(error).__name__})") from None
-    is_map = labels.ndim == 2 and labels.size and np.issubdtype(labels.dtype, np.integer)
+    numeric = np.issubdtype(labels.dtype, np.integer) or np.issubdtype(labels.dtype, np.floating)  # MATLAB's numbers are doubles
+    is_map = labels.ndim == 2 and labels.size and numeric and bool((labels == np.floor(labels)).all())
     if not is_map or labels.min() < 0 or labels.max() > NUMBER:
-        raise InputError(f"{path}: LabelMap is {labels.dtype} {labels.shape}, want (H, W) of 0..{NUMBER}")
+        raise InputError(f"{path}: LabelMap is {labels.dtype} {labels.shape}, want (H, W) of whole numbers 0..{NUMBER}")
     return labels.astype(np.int64)
 
 

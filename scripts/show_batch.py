@@ -25,14 +25,18 @@ GAP, MOST_PROMPTS = 8, 10
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-c", "--config", required=True)
-    parser.add_argument("--images", type=int, default=8)
-    parser.add_argument("--epoch", type=int, default=0)
-    parser.add_argument("--across", type=int, default=2, help="images next to each other")
-    parser.add_argument("--side", type=int, default=300, help="of each picture")
-    parser.add_argument("--out", type=Path, default=Path("batch.png"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-c", "--config", required=True, help="of which only the data counts")
+    parser.add_argument("--images", type=cli.positive, default=8, help="default: 8, from all of the training set")
+    parser.add_argument("--epoch", type=int, default=0, help="whose augmentations are seen; default: 0")
+    parser.add_argument("--across", type=cli.positive, default=2, help="images next to each other")
+    parser.add_argument("--side", type=cli.positive, default=300, help="of each picture")
+    parser.add_argument("--out", type=Path, default=Path("batch.png"), help="default: batch.png")
     args, rest = parser.parse_known_args(arguments)
+    if args.epoch < 0:
+        raise InputError(f"--epoch: got {args.epoch}, want 0 or more")
+    if not args.out.parent.is_dir():
+        raise InputError(f"--out: there is no folder {args.out.parent}")
     data = build_data(with_arguments(read_data(args.config), rest))
     dataset = data.dataset("train")
     chosen = np.linspace(0, len(dataset) - 1, min(args.images, len(dataset))).astype(int).tolist()
@@ -50,7 +54,11 @@ def with_arguments(spec: dict[str, Any], rest: Sequence[str]) -> dict[str, Any]:
         key, equals, value = words.pop(0).partition("=")
         if not key.startswith("--data.") or not (equals or words):
             raise InputError(f"unexpected argument {key!r}: want --data.NAME VALUE")
-        given[key.removeprefix("--data.").removeprefix("init_args.")] = yaml.safe_load(value if equals else words.pop(0))
+        value = value if equals else words.pop(0)
+        try:
+            given[key.removeprefix("--data.").removeprefix("init_args.")] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise InputError(f"{key}: got {value!r}, which is no YAML value") from None
     return {**spec, "init_args": given}
 
 

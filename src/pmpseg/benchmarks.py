@@ -17,7 +17,8 @@ VOCAB = Path(__file__).parent / "assets" / "vocab"
 class Layout:
     """One way in which a benchmark lies on disk, all paths below the root of all data.
 
-    ``first`` is the value of class 0 in the label maps. Where that is 1, 0 is ignored: a background, or what nobody labelled.
+    ``first`` is the value of class 0 in the label maps. Where that is 1, 0 is ignored: a background, or what nobody labelled;
+    with ``also_ignored`` so is the benchmark's ``ignore_index``, as in VOC.
     ``names`` says which images count: "pairs", those of the folder, each with a label map, and the other way; "labels", those
     that have a label map; or the path of a list of names.
     """
@@ -26,6 +27,7 @@ class Layout:
     labels: str
     first: int = 0
     names: str = "pairs"
+    also_ignored: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def _context(classes: int) -> tuple[Layout, ...]:
 def _voc(first: int, detectron2: str | None = None) -> tuple[Layout, ...]:
     roots = ("VOCdevkit/VOC2012", "VOC2012")
     names = "ImageSets/Segmentation/val.txt"
-    official = (Layout(f"{root}/JPEGImages", f"{root}/SegmentationClass", first, f"{root}/{names}") for root in roots)
+    official = (Layout(f"{root}/JPEGImages", f"{root}/SegmentationClass", first, f"{root}/{names}", True) for root in roots)
     if detectron2 is None:
         return tuple(official)
     return (*official, *(Layout(f"{root}/JPEGImages", f"{root}/{detectron2}/val", names="labels") for root in roots))

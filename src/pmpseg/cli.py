@@ -4,6 +4,7 @@
 nearest right word, the second makes one line of what jsonargparse says about a value. No Lightning here.
 """
 
+import argparse
 import difflib
 import errno
 import os
@@ -60,6 +61,13 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def positive(text: str) -> int:
+    """For argparse: an integer of 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, want an integer of 1 or more")
+    return int(text)
 
 
 def did_you_mean(word: str, known: Collection[str]) -> str:

@@ -119,10 +119,14 @@ class LabelMaps:
         values = read_indices(self.maps[index])
         first, ignored = self.layout.first, self.spec.ignore_index
         classes = values - first
-        unlabelled = (values == ignored) | (values < first)  # below the first class is what counts nowhere
+        # Below the first class is what counts nowhere; where that is so, 255 is none of the format's values, but of a map that
+        # has been made to begin at 0, unless the format has both, as VOC's.
+        has_ignored = first == 0 or self.layout.also_ignored
+        unlabelled = (values == ignored) & has_ignored | (values < first)
         wrong = ~unlabelled & (classes >= self.num_classes) | (values < 0)
         if wrong.any():
             found = ", ".join(map(str, np.unique(values[wrong])[:5]))
+            ignored = ignored if has_ignored else 0
             wanted = f"{self.spec.title} has {first}..{self.num_classes - 1 + first} here, and {ignored} for ignore"
             raise InputError(f"{self.maps[index]} has value {found}: {wanted}; is it of another data set, or prepared otherwise?")
         return np.where(unlabelled, ignored, classes)
