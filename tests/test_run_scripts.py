@@ -104,3 +104,14 @@ def test_several_machines(script, program, tmp_path, parsed):
     config = parsed(args)
     assert config.trainer.num_nodes == 2 and int(config.trainer.devices) == 8 and config.trainer.strategy == "ddp"
     assert config.data.init_args.batch_size * 2 * 8 == 32
+
+
+@pytest.mark.parametrize("cores", ["6", None])
+def test_srun_is_told_of_the_cores_where_the_job_says_how_many(cores, tmp_path):
+    (tmp_path / "srun").write_text('#!/bin/sh\necho "cores ${SRUN_CPUS_PER_TASK-none}"\n')
+    (tmp_path / "srun").chmod(0o755)
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SRUN_"))}
+    env |= {"PATH": f"{tmp_path}:{env['PATH']}", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "8"}
+    env |= {"SLURM_CPUS_PER_TASK": cores} if cores else {}
+    done = subprocess.run(["bash", str(SCRIPTS / "slurm.sbatch")], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == f"cores {cores or 'none'}\n"
