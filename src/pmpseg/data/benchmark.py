@@ -12,7 +12,7 @@ from pmpseg.benchmarks import BENCHMARKS, BenchmarkSpec, Layout
 from pmpseg.cli import did_you_mean
 from pmpseg.data.base import SegmentationData, SegmentationDataset
 from pmpseg.data.items import class_list_item
-from pmpseg.data.sources import IMAGE_SUFFIXES, INDEX_MODES, open_image, read_indices, upright_size
+from pmpseg.data.sources import IMAGE_SUFFIXES, INDEX_MODES, by_stem, open_image, read_indices, upright_size
 from pmpseg.data.transforms import eval_transform, square_transform
 from pmpseg.errors import InputError
 from pmpseg.images import read_image
@@ -179,16 +179,3 @@ def read_names(path: Path) -> list[str]:
         twice = next(stem for number, stem in enumerate(stems) if stem in stems[:number])
         raise InputError(f"{path} lists {twice} twice: its pixels would count twice")
     return stems
-
-
-def by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
-    """Files by their names without suffix; of two that differ by suffix only, InputError."""
-    found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in suffixes and not path.name.startswith("."):
-            if path.stem in found:
-                raise InputError(f"{path} and {found[path.stem].name} differ by suffix only: take one away")
-            found[path.stem] = path
-    if not found:
-        raise InputError(f"{folder} has no file that ends in {', '.join(suffixes)}")
-    return found

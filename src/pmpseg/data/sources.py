@@ -212,7 +212,7 @@ def read_indices(path: Path) -> np.ndarray:
 
 def _pairs(images: Path, masks: Path) -> tuple[list[Path], list[Path]]:
     """Images and their masks, by name without suffix; neither may be alone."""
-    image_of, mask_of = _by_stem(images, IMAGE_SUFFIXES), _by_stem(masks, (".png",))
+    image_of, mask_of = by_stem(images, IMAGE_SUFFIXES), by_stem(masks, (".png",))
     directions = ((image_of, mask_of, f"mask in {masks}"), (mask_of, image_of, f"image in {images}"))
     for one, other, wanted in directions:
         alone = [one[stem].name for stem in sorted(one.keys() - other.keys())]
@@ -223,7 +223,8 @@ def _pairs(images: Path, masks: Path) -> tuple[list[Path], list[Path]]:
     return [image_of[stem] for stem in stems], [mask_of[stem] for stem in stems]
 
 
-def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
+def by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
+    """Files by their names without suffix. Raises ``InputError`` for two that differ by suffix only, no file, or no folder."""
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}")
     files: dict[str, Path] = {}
