@@ -75,6 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--side", type=int, default=1024, help="of the images, a multiple of 8; default: 1024")
     parser.add_argument("--images", type=int, default=3, help="default: 3, of which the first is not timed")
+    parser.add_argument("--only", default="", help="ways that hold this text")
     parser.add_argument("--way", help=argparse.SUPPRESS)
     parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -89,7 +90,7 @@ def main() -> None:
         print(f"847 classes, {options.side}x{options.side}: one map of all scores would be {scores:.2f} GiB\n")
         print(f"{'':28}{'peak GiB':>10}{'above start':>13}{'s an image':>12}{'ratio':>8}")
         first = None
-        for name in WAYS:
+        for name in (name for name in WAYS if options.only in name):
             command = [sys.executable, __file__, "--way", name, "--root", folder, "--side", str(options.side)]
             said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             found = json.loads(said.splitlines()[-1])
@@ -98,7 +99,7 @@ def main() -> None:
             ratio = found["seconds"] / first
             print(f"{name:28}{found['peak']:10.2f}{more:13.2f}{found['seconds']:12.2f}{ratio:8.2f}", flush=True)
         print()
-        for pair in EQUAL:
+        for pair in (pair for pair in EQUAL if all(options.only in name for name in pair)):
             one, other = (sorted((Path(folder) / name.replace(" ", "_")).iterdir()) for name in pair)
             same = all(a.read_bytes() == b.read_bytes() for a, b in zip(one, other, strict=True))
             print(f"{pair[0]} and {pair[1]}: {'the same labels' if same else 'DIFFERENT LABELS'}")
