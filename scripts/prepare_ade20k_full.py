@@ -19,7 +19,7 @@ the centre, images are smoothed when they shrink, and saved as JPEG of quality 9
 import argparse
 import json
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from pmpseg.data.transforms import nearest, resize
 from pmpseg.errors import InputError
 
 NAMES = Path(pmpseg.__file__).parent / "assets" / "benchmarks" / "ade20k_847.txt"
+MOST_ODD = 0.01  # files, of all, that may give a number another name
 IGNORE = 65535
 IMAGES = {"validation": 2000, "training": 25_574}
 
@@ -114,17 +115,26 @@ def normal(name: str) -> str:
 
 
 def read_index(images: Sequence[Path], class_of: dict[str, int]) -> tuple[dict[int, str], Counter[str]]:
-    """The name of each number, and the names that are no class with the number of images in which they occur."""
-    name_of: dict[int, str] = {}
+    """The name of each number, and the names that are no class with the number of images in which they occur.
+
+    A number goes by the name that most files give it. A few that give it another are told of; more are an error.
+    """
+    names_of: dict[int, Counter[str]] = defaultdict(Counter)
     unlisted: Counter[str] = Counter()
     for path in tqdm(images, desc="names", disable=None):
         here = read_objects(path.with_suffix(".json"))
         for number, name in here.items():
-            if name_of.setdefault(number, name) != name:
-                names = f"{name!r}, another file {name_of[number]!r}"
-                raise InputError(f"{path.with_suffix('.json')} calls number {number} {names}: unpack the release again")
+            names_of[number][name] += 1
         unlisted.update({name for name in here.values() if name not in class_of})
-    return name_of, unlisted
+    odd = {number: names for number, names in names_of.items() if len(names) > 1}
+    if odd:
+        number, names = next(iter(odd.items()))
+        (most, _), (other, _) = names.most_common(2)
+        said = f"number {number} is {most!r} in most JSON files, and {other!r} in others"
+        if sum(names.total() - names.most_common(1)[0][1] for names in odd.values()) > MOST_ODD * len(images):
+            raise InputError(f"{said}: is all of it the full release? Unpack it again")
+        print(f"{len(odd)} numbers have more than one name, and go by the most frequent: {said}")
+    return {number: names.most_common(1)[0][0] for number, names in names_of.items()}, unlisted
 
 
 def read_objects(path: Path) -> dict[int, str]:
@@ -143,6 +153,7 @@ def read_objects(path: Path) -> dict[int, str]:
         raise InputError(f"{path} is not a JSON file: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path} is not of ADE20K's full release: {error} in its objects") from None
+    numbers.pop(0, None)  # nothing, in the maps
     wrong = [number for number in numbers if not 0 < number < 26 * 256]
     if wrong:
         raise InputError(f"{path} gives an object the number {wrong[0]}: a _seg.png can hold 1..{26 * 256 - 1}")

@@ -391,11 +391,19 @@ def test_prepare_ade20k_full_on_the_real_samples(scripts, shared, tmp_path, caps
     assert {"building", "central reservation", "motorbike", "traffic light", "trash can", "streetlight"} <= seen
 
 
+def test_a_few_other_names_do_not_end_the_preparation(scripts, monkeypatch, capsys):
+    told = {f"{n}.json": {5: "wall", 7: "unheard-of"} for n in range(200)} | {"3.json": {5: "sky"}}
+    monkeypatch.setattr(scripts["ade"], "read_objects", lambda path: told[path.name])
+    name_of, unlisted = scripts["ade"].read_index([Path(f"{n}.jpg") for n in range(200)], {"wall": 0, "sky": 1})
+    assert name_of == {5: "wall", 7: "unheard-of"} and unlisted == {"unheard-of": 199}
+    assert "1 numbers have more than one name, and go by the most frequent: number 5 is 'wall'" in capsys.readouterr().out
+
+
 def test_prepare_ade20k_full_bad_input(scripts, tmp_path):
     with pytest.raises(InputError, match=r"there is no folder .*images/ADE/validation: give the folder"):
         scripts["ade"].main([str(tmp_path)])
     make_full_ade(tmp_path, [{5: "wall"}, {5: "sky"}])
-    with pytest.raises(InputError, match=r"ADE_val_00000001.json calls number 5 'sky', another file 'wall'"):
+    with pytest.raises(InputError, match=r"number 5 is 'wall' in most JSON files, and 'sky' in others: is all of it"):
         scripts["ade"].main([str(tmp_path)])
     path = tmp_path / "images/ADE/validation/urban/street/ADE_val_00000001.json"
     path.write_text('{"annotation": {}}')
