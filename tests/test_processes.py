@@ -18,8 +18,10 @@ rank, what = int(os.environ["RANK"]), sys.argv[1 + int(os.environ["RANK"])]
 from pathlib import Path
 Path(__file__).with_name(f"pid{rank}").write_text(str(os.getpid()))
 print("rank", rank, "of", os.environ["WORLD_SIZE"], flush=True)
-if what.startswith("say:"):
-    print("pmpseg: error: " + what[4:], file=sys.stderr, flush=True)
+if what.startswith("late:"):
+    time.sleep(0.3)
+if what.startswith(("say:", "late:")):
+    print("pmpseg: error: " + what.partition(":")[2], file=sys.stderr, flush=True)
     sys.exit(2)
 if what == "hang":
     time.sleep(60)
@@ -33,7 +35,7 @@ sys.exit(int(what) if what.isdecimal() else 0)
 def stub(tmp_path, monkeypatch):
     (tmp_path / "stub.py").write_text(STUB)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
-    monkeypatch.setattr(processes, "GRACE", 0.5)
+    monkeypatch.setattr(processes, "GRACE", 2.0)
 
 
 def test_all_is_well(capfd):
@@ -55,9 +57,15 @@ def test_another_ones_reason_is_told(rank_0, capfd):
     assert time.monotonic() - began < 20 and capfd.readouterr().err == ""
 
 
-def test_who_was_only_waiting_is_not_blamed():
+@pytest.mark.parametrize("when", ["say", "late"])
+def test_who_was_only_waiting_is_not_blamed(when):
     with pytest.raises(InputError, match=r"process 2 of 3 failed: no space"):
-        launch("stub", [str(LOST), str(LOST), "say:no space"], 3)
+        launch("stub", [str(LOST), str(LOST), f"{when}:no space"], 3)
+
+
+def test_who_is_lost_without_a_reason_is_told():
+    with pytest.raises(InputError, match=r"process 0 of 2 failed: another one was lost"):
+        launch("stub", [str(LOST), str(LOST)], 2)
 
 
 @pytest.mark.parametrize(("args", "rank"), [(["killed", "hang"], 0), (["hang", "killed"], 1)])

@@ -60,24 +60,26 @@ def launch(module: str, args: Sequence[str], count: int) -> None:
             reason = one_line(lines[-1]).removeprefix("pmpseg: error: ") if lines and status > 0 else _ending(status)
             raise InputError(f"process {failed} of {count} failed: {reason}")
     status = processes[0].returncode
-    if status < 0:
-        raise InputError(f"process 0 of {count} failed: {_ending(status)}")
+    if status < 0 or status == LOST:
+        raise InputError(f"process 0 of {count} failed: {_ending(status) if status < 0 else 'another one was lost'}")
     if status:
         sys.exit(status)  # it has said why
 
 
 def _wait(processes: list[subprocess.Popen]) -> int:
-    """The first rank other than 0 that failed by itself, and not because of rank 0; 0 if there is none."""
+    """The first rank other than 0 that failed by itself, and not because another one did; 0 if there is none."""
+    deadline = None
     while True:
         states = [process.poll() for process in processes]
         wrong = [rank for rank, state in enumerate(states) if rank and state and state != LOST]
-        if all(state == 0 for state in states) or (states[0] and (states[0] != LOST or not wrong)):
+        if all(state == 0 for state in states) or states[0] not in (None, 0, LOST):
             return 0
-        if wrong:
-            try:
-                return 0 if processes[0].wait(GRACE) not in (0, LOST) else wrong[0]
-            except subprocess.TimeoutExpired:
-                return wrong[0]
+        if wrong and states[0] is not None:
+            return wrong[0]
+        if any(states):  # rank 0 may say itself what is wrong, and who was only waiting may be first to end
+            deadline = deadline or time.monotonic() + GRACE
+            if time.monotonic() > deadline:
+                return wrong[0] if wrong else 0
         time.sleep(0.05)
 
 
