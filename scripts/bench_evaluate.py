@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from transformers import CLIPSegConfig, CLIPSegForImageSegmentation
 
 from pmpseg import Segmenter
 from pmpseg.data import Benchmark
 from pmpseg.evaluate import evaluate
 from pmpseg.hub import shipped_or
-from pmpseg.models import PMP, CLIPSeg, TextEncoder
+from pmpseg.models import PMP, CLIPSeg, Prompts, TextEncoder
 from pmpseg.usage import peak_gib
 from pmpseg.views import Views
 
@@ -34,6 +35,21 @@ WAYS: dict[str, dict] = {
 }
 EQUAL = [("64 classes at a time", "8 at a time"), ("64 classes at a time", "all 847 at once")]
 EQUAL += [("CLIPSeg, 64 at a time", "CLIPSeg, all at once")]
+
+
+class Words(torch.nn.Module):
+    """A text side of any width: a random embedding for each class, the same for the same list."""
+
+    normalize, templates = False, ("{}",)
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def encode(self, words: list) -> Prompts:
+        pooled = torch.randn(1, len(words), self.dim, generator=torch.Generator().manual_seed(0))
+        valid = torch.ones(1, len(words), dtype=torch.bool)
+        return Prompts(pooled[:, :, None], valid[..., None], pooled, valid)
 
 
 def make_images(root: Path, count: int, side: int) -> None:
@@ -51,11 +67,9 @@ def make_images(root: Path, count: int, side: int) -> None:
 def segmenter(clipseg: bool, side: int) -> Segmenter:
     torch.manual_seed(0)
     if clipseg:
-        shape = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
-        options = {"image_size": 224, "patch_size": 16, "projection_dim": 512, **shape}
-        text = TextEncoder(shipped_or("tiny_clip"), normalize=False)
-        network = CLIPSeg(text_dim=text.dim, backbone="clip", backbone_options=options, backbone_random=True)
-        return Segmenter(network, text, None, 352, square=True)
+        config = CLIPSegConfig(vision_config={"patch_size": 16})  # ViT-B/16, D = 64
+        network = CLIPSeg.from_transformers(CLIPSegForImageSegmentation(config).eval())
+        return Segmenter(network, Words(config.projection_dim), None, 352, square=True)
     text = TextEncoder(shipped_or("tiny_clip"))
     return Segmenter(PMP(text_dim=text.dim, backbone="resnet50", pixel_decoder="fpn"), text, None, side)
 
