@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--root", help="the same as --data.root")
     parser.add_argument("--images", type=cli.positive, default=200, help="in each turn")
     parser.add_argument("--workers", type=cli.positive, default=2, help="of the loader, beside none; default: 2")
-    parser.add_argument("--turns", type=cli.positive, default=3)
+    parser.add_argument("--turns", type=cli.positive, default=3, help="of each measurement, the best of which counts; default: 3")
     args, rest = parser.parse_known_args(arguments)
     spec = read_data(args.config) if args.config else {"class_path": "pmpseg.data.CocoStuff"}
     spec = with_arguments(spec, [*rest, *(["--data.root", args.root] if args.root else [])])

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image
-from prepare_common import make_all, mapped_share, read_pixels, save_map, whole_folder
+from prepare_common import digest, make_all, mapped_share, read_pixels, save_map, whole_folder
 from tqdm import tqdm
 
 import pmpseg
@@ -51,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         table[number] = class_of.get(name, IGNORE)
     target = args.root / "benchmark_847" / args.split
     unnamed: set[int] = set()
-    with whole_folder(target, {"short_side": args.short_side, "jpeg_quality": 95}) as part:
+    settings = {"short_side": args.short_side, "jpeg_quality": 95, "images": len(found), "names": digest(list(found))}
+    with whole_folder(target, settings) as part:
         images, maps = part / "images", part / "annotations"
         for folder in (images, maps):
             folder.mkdir(exist_ok=True)

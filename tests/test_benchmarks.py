@@ -368,6 +368,12 @@ def test_prepare_ade20k_full_goes_on_and_leaves_nothing_half_written(scripts, tm
     broken.write_bytes(whole)
     with pytest.raises(InputError, match="begun with other settings"):
         scripts["ade"].main([str(tmp_path)])
+    listed = scripts["ade"].find_images(tmp_path, "validation")
+    with monkeypatch.context() as other:  # another image in the place of one that was made
+        renamed = {stem.replace("00000000", "00000009"): path for stem, path in listed.items()}
+        other.setattr(scripts["ade"], "find_images", lambda root, split: renamed)
+        with pytest.raises(InputError, match="begun with other settings"):
+            scripts["ade"].main([str(tmp_path), "--short-side", "0"])
     capsys.readouterr()
     assert scripts["ade"].main([str(tmp_path), "--short-side", "0"]) == 0
     assert "2 images made, 1 were there" in capsys.readouterr().out

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from coco_stuff_fixture import MAKE, make
-from PIL import Image
+from PIL import ExifTags, Image
 
 from pmpseg import rle
 from pmpseg.data import CocoStuff
@@ -23,7 +23,6 @@ from pmpseg.data.image_store import ImageStore
 from pmpseg.data.json_lists import visit_lists
 from pmpseg.errors import InputError
 from pmpseg.inference import with_synonyms
-from pmpseg.vocabulary import Vocabulary
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 SPLIT_156 = Path(__file__).parents[1] / "src" / "pmpseg" / "assets" / "vocab" / "coco_stuff_156.txt"
@@ -63,18 +62,6 @@ def test_ids_are_those_of_coco(shared):
     name_of = dict(line.split(": ", 1) for line in listed)
     names = shared("data", "labels", "coco_stuff_171.txt").read_text().splitlines()
     assert len(IDS) == 171 and [name_of[str(number)] for number in IDS] == names
-
-
-def test_the_shipped_classes_are_in_that_order(shared):
-    """Names may read better than the official ones, but must stand in the same places."""
-    names = shared("data", "labels", "coco_stuff_171.txt").read_text().splitlines()
-    for path in (SPLIT_156, SPLIT_156.with_name("coco_stuff_171.txt")):
-        words = Vocabulary.read(path).synonyms
-        told = [name.partition("-")[0] in " ".join(spoken) for name, spoken in zip(names, words, strict=True)]
-        assert sum(told) > 140 and all(told[:79:7])
-    unseen = {names[index] for index in Vocabulary.read(SPLIT_156).unseen}
-    wanted = "frisbee skateboard cardboard carrot scissors suitcase giraffe cow road wall-concrete tree grass river clouds"
-    assert unseen == {*wanted.split(), "playingfield"}
 
 
 def test_values_become_classes(shared):
@@ -159,6 +146,11 @@ def test_epochs_and_seeds_differ(folders):
     dataset = data(folders).dataset("train")
     assert not torch.equal(dataset[0, 3]["image"], dataset[1, 3]["image"])
     assert not torch.equal(dataset[0, 3]["image"], data(folders, seed=1).dataset("train")[0, 3]["image"])
+
+
+def test_crops_that_a_class_fills_are_drawn_anew(folders):
+    any_crop, other = (data(folders, max_class_share=share).dataset("train")[0]["image"] for share in (1.0, 0.01))
+    assert not torch.equal(any_crop, other)
 
 
 # ---- unseen classes
@@ -341,6 +333,7 @@ def test_real_instances(shared):
 
 
 SIX = {"id": 5, "file_name": "5.jpg", "height": 4, "width": 6}
+GOOD = {"id": 1, "image_id": 5, "category_id": 3, "iscrowd": 0, "segmentation": [[0, 0, 6, 0, 6, 3, 0, 3]]}
 
 
 def instances(*annotations, images=(SIX,)):
@@ -349,28 +342,61 @@ def instances(*annotations, images=(SIX,)):
 
 def test_an_image_of_another_size_than_the_json_says():
     with pytest.raises(InputError, match=r"image 5 in x\.json is 6x4"):
-        instances().read("5", (6, 4))
+        instances(GOOD).read("5", (6, 4))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"category_id": -1}, r"^x\.json: annotation 1 has category -1, none of COCO-Stuff's things"),
+        ({"category_id": 3.5}, r"^x\.json: annotation 1 has category 3\.5, none of COCO-Stuff's things"),
         ({"iscrowd": 300}, r"^x\.json is not as COCO's files are: a number in it is too large"),
         ({"segmentation": None}, r"^x\.json"),
+        ({"segmentation": []}, r"^x\.json: annotation 1 has no polygon of three points or more"),
+        ({"segmentation": [[]]}, r"^x\.json: annotation 1 has no polygon of three points or more"),
+        ({"segmentation": {"size": [6, 4], "counts": [0, 24]}}, r"^x\.json: annotation 1 is 4x6, its image 6x4"),
+        ({"segmentation": {"size": [4, 6], "counts": [10**11]}}, r"^x\.json is not as COCO's files are: a number in it is too"),
     ],
 )
 def test_a_damaged_annotation(change, message):
-    good = {"id": 1, "image_id": 5, "category_id": 3, "iscrowd": 0, "segmentation": [[0, 0, 6, 0, 6, 3, 0, 3]]}
-    assert instances(good).read("5", (4, 6)).classes.tolist() == [2]
+    assert instances(GOOD).read("5", (4, 6)).classes.tolist() == [2]
     with pytest.raises(InputError, match=message) as raised:
-        instances(good | change)
+        instances(GOOD | change)
     assert str(raised.value).count("x.json") == 1
+
+
+def test_no_things_at_all():
+    with pytest.raises(InputError, match=r"^x\.json lists no things$"):
+        instances()
+
+
+@pytest.mark.parametrize(
+    ("change", "things", "message"),
+    [
+        ({"id": 2**40}, {3}, r"^p\.json is not as COCO's files are: a number in it is too large"),
+        ({"category_id": 100000}, {3}, r"^p\.json is not as COCO's files are: a number in it is too large"),
+        ({"category_id": -1}, {3}, r"^p\.json: a segment has category -1, which is not in its list of categories"),
+        ({}, {-3, 3}, r"^p\.json: category -3 is a thing, but none of COCO-Stuff's classes"),
+        ({}, set(), r"^p\.json lists no category with isthing"),
+    ],
+)
+def test_a_damaged_panoptic_json(folders, change, things, message):
+    maps = ImageStore([folders / "annotations" / "panoptic_train2017"], suffixes=(".png",))
+    segment = {"id": 9, "category_id": 3, "iscrowd": 0}
+
+    def read(segment: dict, things: set[int]) -> None:
+        kinds = [{"id": number, "isthing": int(number in things)} for number in {3, *things}]
+        content = {"annotations": [{"file_name": "5.png", "segments_info": [segment]}], "categories": kinds}
+        PanopticThings(json.dumps(content).encode(), "p.json", maps, class_of_thing())
+
+    read(segment, {3})
+    with pytest.raises(InputError, match=message):
+        read(segment | change, things)
 
 
 def test_an_image_that_is_listed_twice():
     with pytest.raises(InputError, match=r"x\.json lists image 5 twice"):
-        instances(images=(SIX, SIX | {"id": 6}))
+        instances(GOOD, images=(SIX, SIX | {"id": 6}))
 
 
 def test_things_of_another_image_are_noticed(tmp_path):
@@ -481,6 +507,16 @@ def panoptic_json(root: Path) -> Path:
     return root / "annotations" / "panoptic_train2017.json"
 
 
+def small_panoptic(root: Path) -> None:
+    path = first(root / "annotations" / "panoptic_train2017")
+    Image.open(path).resize((50, 40), Image.Resampling.NEAREST).save(path)
+
+
+def same_stem(root: Path) -> None:
+    path = first(root / "train2017")
+    shutil.copyfile(path, path.with_suffix(".jpeg"))
+
+
 def other_panoptic(root: Path) -> None:
     path = first(root / "annotations" / "panoptic_train2017")
     Image.new("RGB", Image.open(path).size).save(path)
@@ -505,6 +541,8 @@ BAD = [
     (lambda root: shutil.rmtree(root / "annotations/panoptic_train2017"), THINGS, "train2017.json, but not its PNGs"),
     (lambda root: shutil.rmtree(root / "annotations"), THINGS, "has no panoptic_train2017.json or inst"),
     (lambda root: first(root / "annotations/panoptic_train2017").unlink(), THINGS, r"has no 0000\S+png, which"),
+    (same_stem, {}, "two images of train2017 differ by suffix only: remove one"),
+    (small_panoptic, THINGS, r"panoptic_train2017/0000\S+png is 50x40, its image \d+x\d+"),
     (other_panoptic, THINGS, r"panoptic_train2017/0000\S+png shows no segment \d+, which"),
     (lambda root: shutil.rmtree(root / "annotations"), {"captions": True}, "has no captions_train2017.json, in annotations/ or"),
     (lambda root: None, {"colour": "dark"}, "colour: got 'dark', want ssd or a number"),
@@ -528,6 +566,9 @@ def test_what_is_not_checked_at_start_is_said_when_its_turn_comes(own):
     path = sorted((own / "stuffthingmaps" / "train2017").iterdir())[5]
     Image.fromarray(np.full(np.array(Image.open(path)).shape, 200, np.uint8)).save(path)
     with pytest.raises(InputError, match=rf"{path.name} has value 200"):
+        held.dataset("train")[5]
+    Image.fromarray(np.zeros((40, 50), np.uint8)).save(path)
+    with pytest.raises(InputError, match=rf"{path.name} is 50x40, its image \d+x\d+"):
         held.dataset("train")[5]
 
 
@@ -577,6 +618,36 @@ def test_a_store_takes_what_lies_under_a_folder(tmp_path):
     for split, value in (("train", 1), ("val", 2)):
         store = ImageStore([tmp_path / "maps.zip"], under=split)
         assert store.sorted_names == ["7.png"] and store.read_bytes("7.png") == bytes([value])
+
+
+def test_a_store_turns_photographs_upright(tmp_path):
+    """JPEGs without EXIF are read in a shorter way."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (30, 20)).save(tmp_path / "lies.jpg", exif=exif)
+    Image.new("RGB", (30, 20)).save(tmp_path / "stands.jpg")
+    with zipfile.ZipFile(tmp_path / "some.zip", "w") as file:
+        for name in ("lies.jpg", "stands.jpg"):
+            file.write(tmp_path / name, name)
+    for place in (tmp_path, tmp_path / "some.zip"):
+        store = ImageStore([place])
+        assert store.read("lies.jpg").shape == (30, 20, 3) and store.read("stands.jpg").shape == (20, 30, 3)
+
+
+def test_a_set_that_was_stopped_is_not_taken_for_a_whole_one(tmp_path, monkeypatch):
+    def stopped(split: str, index: int, side: int):
+        if split == "val":
+            raise KeyboardInterrupt
+        return MAKE["draw"](split, index, side)
+
+    monkeypatch.setitem(MAKE["make"].__globals__, "draw", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path, 1, 1, zips=True)
+    with pytest.raises(InputError, match="has no images: want train2017"):
+        data(tmp_path)
+    monkeypatch.undo()
+    make(tmp_path, 1, 1, zips=True)
+    assert len(data(tmp_path).dataset("val")) == 1 and not (tmp_path / ".part").exists()
 
 
 def test_lists_are_visited_item_by_item():

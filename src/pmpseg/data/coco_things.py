@@ -6,6 +6,7 @@ offsets. Formats: https://cocodataset.org/#format-data; ids in panoptic PNGs are
 """
 
 from array import array
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -66,6 +67,7 @@ class PanopticThings:
         self.where, self.maps = where, maps
         stems: list[bytes] = []
         things: set[int] = set()
+        known: set[int] = set()
         image, number, category, crowd = array("i"), array("i"), array("h"), array("b")
 
         def annotation(entry: dict) -> None:
@@ -77,6 +79,7 @@ class PanopticThings:
             stems.append(_stem(entry["file_name"]))
 
         def listed(entry: dict) -> None:
+            known.add(entry["id"])
             if entry["isthing"]:
                 things.add(entry["id"])
 
@@ -86,6 +89,9 @@ class PanopticThings:
                 raise InputError(f"{where}: category {thing} is a thing, but none of COCO-Stuff's classes")
         if not things:
             raise InputError(f"{where} lists no category with isthing: it is no panoptic JSON of COCO")
+        unknown = np.setdiff1d(np.array(category), list(known))
+        if len(unknown):
+            raise InputError(f"{where}: a segment has category {unknown[0]}, which is not in its list of categories")
         is_thing = np.isin(np.array(category), list(things))
         self._images = _Images(stems, where)
         self._first = self._images.first(np.array(image)[is_thing])
@@ -129,7 +135,8 @@ class InstanceThings:
         heights, widths = array("i"), array("i")
         owner, label, crowd, number = array("q"), array("h"), array("b"), array("q")
         all_points, polygon_ends, polygons = array("f"), array("q", [0]), array("q", [0])
-        all_runs, runs_ends = array("i"), array("q", [0])
+        all_runs, runs_ends, runs_sizes = array("i"), array("q", [0]), array("i")
+        class_of_id = {number: int(found) for number, found in enumerate(class_of) if found >= 0}
 
         def image(entry: dict) -> None:
             row_of[entry["id"]] = len(stems)
@@ -139,31 +146,43 @@ class InstanceThings:
 
         def annotation(entry: dict) -> None:
             category = entry["category_id"]
-            if not 0 <= category < len(class_of) or class_of[category] < 0:
+            if category not in class_of_id:
                 raise InputError(f"{where}: annotation {entry['id']} has category {category}, none of COCO-Stuff's things")
             owner.append(entry["image_id"])
-            label.append(int(class_of[category]))
+            label.append(class_of_id[category])
             crowd.append(entry.get("iscrowd", 0))
             number.append(entry["id"])
             shape = entry["segmentation"]
+            if isinstance(shape, list) and max(map(len, shape), default=0) < 6:
+                raise InputError(f"{where}: annotation {entry['id']} has no polygon of three points or more")
             for polygon in shape if isinstance(shape, list) else ():
                 all_points.extend(polygon)
                 polygon_ends.append(len(all_points))
             polygons.append(len(polygon_ends) - 1)
+            size = (0, 0)  # of run lengths, which have one of their own
             if not isinstance(shape, list):
                 try:
                     all_runs.extend(rle.run_lengths(shape).tolist())
+                    size = shape["size"]
                 except InputError as error:
                     raise InputError(f"{where}: annotation {entry['id']} has a bad mask: {error}") from None
             runs_ends.append(len(all_runs))
+            runs_sizes.extend(size)
 
         visit_lists(content, {"images": image, "annotations": annotation}, where)
         try:
             rows = np.array([row_of[key] for key in owner], dtype=np.int64)
         except KeyError as error:
             raise InputError(f"{where} annotates image id {error}, which is not in its list of images") from None
+        if not len(rows):
+            raise InputError(f"{where} lists no things")
         self._images = _Images(stems, where)
         self._sizes = np.stack([heights, widths], 1)
+        sizes = np.array(runs_sizes).reshape(-1, 2)
+        wrong = np.flatnonzero((sizes != self._sizes[rows]).any(1) & sizes.any(1))
+        if len(wrong):
+            own, image_size = sizes[wrong[0]].tolist(), self._sizes[rows[wrong[0]]].tolist()
+            raise InputError(_wrong_size(f"{where}: annotation {number[wrong[0]]}", own, image_size))
         self._first = self._images.first(rows)
         self._at = self._images.order.astype(np.int32)  # rows of an image, in what follows
         self._class, self._crowd, self._id = np.array(label), np.array(crowd, dtype=bool), np.array(number)
@@ -241,5 +260,5 @@ def _stem(name: str) -> bytes:
     return name.rpartition("/")[2].rpartition(".")[0].encode()
 
 
-def _wrong_size(where: str, got: tuple[int, ...], want: tuple[int, int]) -> str:
+def _wrong_size(where: str, got: Sequence[int], want: Sequence[int]) -> str:
     return f"{where} is {got[1]}x{got[0]}, its image {want[1]}x{want[0]}: they must have one size"
