@@ -1,7 +1,10 @@
-"""Say of each benchmark what is on the disk, what is missing, and where to get it; read every label map.
+"""Say of each benchmark what is on the disk, what is missing, and where to get it; read every image and label map.
 
     python scripts/check_benchmarks.py ../data
     python scripts/check_benchmarks.py ../data --benchmarks ade20k_150,PAS-20
+
+Where all of the table are asked for, a last line says whether COCO-Stuff, the training data, is in ROOT/coco, as folders or zips:
+its names and a few label maps are looked at, and it does not change the exit status.
 
 Read-only. A-150 and Pascal VOC need no preparation: unpack them and they are read as they lie. The exit status is 0 where all the
 benchmarks asked for are there, whole, and as expected, else 1.
@@ -44,7 +47,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not args.root.is_dir():
         raise InputError(f"there is no folder {args.root}: give the one that holds all data sets")
     whole = [check(spec, args.root) for spec in specs]  # all of them, also after one that is not
+    if args.benchmarks == "all":
+        print(f"COCO-Stuff: {coco_stuff(args.root / 'coco')}")
     return int(not all(whole))
+
+
+def coco_stuff(root: Path) -> str:
+    """What there is of the training data, in one line."""
+    from pmpseg.data.coco_files import CocoFiles  # after --help
+
+    found = []
+    try:
+        for split in ("train2017", "val2017"):
+            files = CocoFiles(root, split)
+            files.check()
+            found.append(f"{len(files):,} images of {split}")
+    except InputError as error:
+        return f"MISSING or WRONG. {error}"
+    return f"{' and '.join(found)} in {root}; the whole set has 118,287 and 5,000"
 
 
 def check(spec: BenchmarkSpec, root: Path) -> bool:

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from benchmark_fixture import COUNTS, FOLDERS, SIZE, make_benchmarks, make_context_release
+from benchmark_fixture import COUNTS, FOLDERS, SIZE, draw, make_benchmarks, make_context_release
 from PIL import Image
+from scipy.io import savemat
 
 from pmpseg.benchmarks import BENCHMARKS, TABLE, VOCAB, parse_benchmarks
 from pmpseg.data import Benchmark
@@ -102,6 +103,26 @@ def test_other_layouts(root, tmp_path):
     data = Benchmark("pascal_context_59", str(tmp_path))
     np.testing.assert_array_equal(data.dataset("test")[0]["labels"], values)
     assert data.remark == "1 of 5,105 images"
+
+
+def test_detectron2_layouts_begin_at_0(tmp_path):
+    # another first would make them one class less, and the first class nothing
+    voc, ade = tmp_path / "VOCdevkit/VOC2012", tmp_path / "ADEChallengeData2016"
+    values = draw([0, 1, 19], 255, np.random.default_rng(0))
+    background_last = np.where(values == 255, 20, values)
+    for images, maps, kept in (
+        (voc / "JPEGImages", voc / "annotations_detectron2/val", values),
+        (voc / "JPEGImages", voc / "annotations_detectron2_bg/val", background_last),
+        (ade / "images/validation", ade / "annotations_detectron2/validation", values),
+    ):
+        for folder in (images, maps):
+            folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", SIZE[::-1]).save(images / "a.jpg")
+        Image.fromarray(kept.astype(np.uint8)).save(maps / "a.png")
+    for name in ("pascal_voc_20", "ade20k_150"):
+        np.testing.assert_array_equal(Benchmark(name, str(tmp_path)).dataset("test")[0]["labels"], values)
+    with pytest.raises(InputError, match=r"PAS-21: .* has no folder .*SegmentationClass"):  # not the maps of 20 = background
+        Benchmark("pascal_voc_21", str(tmp_path))
 
 
 def test_real_samples(shared):
@@ -397,6 +418,31 @@ def test_prepare_ade20k_full_on_the_real_samples(scripts, shared, tmp_path, caps
     assert {"building", "central reservation", "motorbike", "traffic light", "trash can", "streetlight"} <= seen
 
 
+def test_prepare_ade20k_full_turned_odd_and_other_images(scripts, tmp_path, capsys):
+    """EXIF would turn the copy of an image, its map stays; number 0 is nothing; other images are another preparation."""
+    make_full_ade(tmp_path, [{0: "nothing", 2978: "wall"}, {2978: "wall"}])
+    street = tmp_path / "images/ADE/validation/urban/street"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(street / "ADE_val_00000000.jpg") as image:
+        image.load()
+    image.save(street / "ADE_val_00000000.jpg", exif=exif)
+    broken = street / "ADE_val_00000001_seg.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:80])
+    with pytest.raises(InputError, match="cannot be read"):
+        scripts["ade"].main([str(tmp_path), "--short-side", "0"])
+    broken.write_bytes(whole)
+    for path in list(street.glob("ADE_val_00000001*")):
+        path.rename(path.with_name(path.name.replace("00000001", "00000002")))
+    with pytest.raises(InputError, match="begun with other settings"):
+        scripts["ade"].main([str(tmp_path), "--short-side", "0"])
+    shutil.rmtree(tmp_path / "benchmark_847/.validation.part")
+    assert scripts["ade"].main([str(tmp_path), "--short-side", "0"]) == 0
+    with Image.open(tmp_path / "benchmark_847/validation/images/ADE_val_00000000.jpg") as image:
+        assert image.size == (90, 60) and image.getexif().get(0x0112, 1) == 1
+
+
 def test_a_few_other_names_do_not_end_the_preparation(scripts, monkeypatch, capsys):
     told = {f"{n}.json": {5: "wall", 7: "unheard-of"} for n in range(200)} | {"3.json": {5: "sky"}}
     monkeypatch.setattr(scripts["ade"], "read_objects", lambda path: told[path.name])
@@ -438,6 +484,30 @@ def test_prepare_pascal_context(scripts, shared, tmp_path, capsys):
     assert scripts["context"].main([str(voc)]) == 0 and "is there already" in capsys.readouterr().out
 
 
+def test_prepare_pascal_context_takes_detectron2s_list_and_doubles_and_notices_another_list(scripts, shared, tmp_path, capsys):
+    label_maps = make_context_release(tmp_path, official(shared, "pascal_context_459"))
+    stems = list(label_maps)
+    (tmp_path / "pascalcontext_val.txt").write_text("\n".join(stems[:2]))
+    mat = tmp_path / f"trainval/{stems[1]}.mat"
+    mat.write_bytes(b"no mat")
+    with pytest.raises(InputError, match=r"cannot be read as a .mat file"):
+        scripts["context"].main([str(tmp_path)])
+    (tmp_path / "pascalcontext_val.txt").write_text("\n".join(stems[1:]))  # as many, others
+    savemat(mat, {"LabelMap": label_maps[stems[1]].astype(np.float64)})
+    with pytest.raises(InputError, match="begun with other settings"):
+        scripts["context"].main([str(tmp_path)])
+    for part in tmp_path.glob(".context_*"):
+        shutil.rmtree(part)
+    assert scripts["context"].main([str(tmp_path)]) == 0 and "pascalcontext_val.txt: 2 images" in capsys.readouterr().out
+    for stem in stems[1:]:
+        wanted = label_maps[stem]
+        wanted = np.where(wanted == 0, 65535, wanted - 1)
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / f"context_459_val/{stem}.png")), wanted)
+    savemat(mat, {"LabelMap": np.full(SIZE, 0.5)})
+    with pytest.raises(InputError, match=r"want .* of whole numbers 0\.\.459"):
+        scripts["context"].read_mat(mat)
+
+
 def test_prepare_pascal_context_bad_input(scripts, shared, tmp_path):
     names = official(shared, "pascal_context_459")
     with pytest.raises(InputError, match=r"there is no folder .*JPEGImages: give the folder VOC2010"):
@@ -459,7 +529,8 @@ def test_prepare_pascal_context_bad_input(scripts, shared, tmp_path):
 def test_check_benchmarks(scripts, root, copy, capsys):
     assert scripts["check"].main([str(copy)]) == 1  # all is there, but not whole
     out = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in out] == [BENCHMARKS[name].title for name in TABLE]
+    assert [line.split(":")[0] for line in out] == [BENCHMARKS[name].title for name in TABLE] + ["COCO-Stuff"]
+    assert out[-1].startswith(f"COCO-Stuff: MISSING or WRONG. {copy.resolve()}/coco has no images of train2017")
     values = np.stack(root[1]["ade20k_150"])
     share, occur = (values == 0).mean(), len(np.unique(values[values > 0]))
     assert f"7 of 2,000 images in {copy}/{FOLDERS['ade20k_150'][1]}; {occur} of 150 classes occur, {share:.1%} of the" in out[2]
@@ -469,3 +540,14 @@ def test_check_benchmarks(scripts, root, copy, capsys):
     out = capsys.readouterr().out.splitlines()
     assert out[1].startswith("PC-459: MISSING") and f"prepare_pascal_context.py {copy}/VOCdevkit/VOC2010" in out[1]
     assert out[2].startswith("A-150: WRONG") and "ADE_val_00000002.png has value 200" in out[2]
+    photograph = copy / FOLDERS["pascal_voc_20"][0] / "2007_000003.jpg"
+    photograph.write_bytes(photograph.read_bytes()[:-500])  # its header is whole
+    for split, count in (("train2017", 2), ("val2017", 1)):
+        for number in range(count):
+            for folder, kind in ((split, "jpg"), (f"stuffthingmaps/{split}", "png")):
+                (copy / "coco" / folder).mkdir(parents=True, exist_ok=True)
+                Image.new("L", (8, 6)).save(copy / "coco" / folder / f"{number}.{kind}")
+    scripts["check"].main([str(copy)])
+    out = capsys.readouterr().out.splitlines()
+    assert out[4].startswith("PAS-20: WRONG") and "2007_000003.jpg" in out[4]
+    assert out[5].startswith(f"COCO-Stuff: 2 images of train2017 and 1 images of val2017 in {copy}/coco; the whole set has")
