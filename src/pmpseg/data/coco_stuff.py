@@ -37,7 +37,7 @@ from .coco_files import (
     panoptic_maps,
     read_json,
 )
-from .coco_things import InstanceThings, PanopticThings, check_agreement, part
+from .coco_things import LEAST_AGREEMENT, InstanceThings, PanopticThings, agreement, part
 from .items import class_list_item
 from .transforms import check_augmentation, eval_transform, train_transform
 
@@ -168,10 +168,13 @@ class CocoStuff(SegmentationData):
             wanted = f"panoptic_{name}.json or instances_{name}.json in annotations/, or an official zip of annotations"
             raise InputError(f"segments: things: {self.root.resolve()} has no {wanted}")
         source.check([files.stem(index) for index in range(len(files))])
+        counts = np.zeros(2)
         for index in checked:
             labels = files.labels(index)
-            found = source.read(files.stem(index), labels.shape, strict=True)
-            check_agreement(found, labels, f"{source.where}: image {files.stem(index)}")
+            counts += agreement(source.read(files.stem(index), labels.shape, strict=True), labels)
+        if counts[0] < LEAST_AGREEMENT * counts[1]:
+            said = f"{source.where}: its things do not lie where the label maps have their classes"
+            raise InputError(f"{said} ({counts[0] / counts[1]:.0%} of their pixels): are both of one release?")
         return source
 
 

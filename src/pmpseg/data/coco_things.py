@@ -19,7 +19,7 @@ from .coco import polygon_mask
 from .image_store import ImageStore
 from .json_lists import visit_lists
 
-LEAST_AGREEMENT = 0.5  # of the pixels of an image's things; stuff often covers a part of them
+LEAST_AGREEMENT = 0.5  # of the pixels of things in some images; stuff may cover most of a single one
 
 
 class Things(NamedTuple):
@@ -53,11 +53,10 @@ def part(labels: np.ndarray, things: Things) -> tuple[np.ndarray, np.ndarray]:
     return renumbered[code][pairs], np.concatenate([classes, label])[found]
 
 
-def check_agreement(things: Things, labels: np.ndarray, where: str) -> None:
-    """Raises ``InputError`` where most pixels of things have another class's label: things of one image, labels of another."""
+def agreement(things: Things, labels: np.ndarray) -> np.ndarray:
+    """How many pixels of the things of an image have their class's label, and how many they are: (2,)."""
     inside = things.numbers >= 0
-    if inside.any() and (things.classes[things.numbers[inside]] == labels[inside]).mean() < LEAST_AGREEMENT:
-        raise InputError(f"{where}: its things do not lie where its label map has their classes: are both of one release?")
+    return np.array([(things.classes[things.numbers[inside]] == labels[inside]).sum(), inside.sum()])
 
 
 class PanopticThings:
