@@ -37,11 +37,12 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
 
     with together(choose_device(options.device)) as (rank, device):
         segmenter = _load(options, folder, device)
+        hashes = _hashes(segmenter) if rank == 0 else {}
         if not benchmarks:
             spec = read_data(options.config) if options.config else own_data(segmenter.data, options.model)
             data = build_data(spec)
             scores = _evaluate(options, segmenter, data, options.save_labels)
-            return _report(options, segmenter, data, scores, {"data": spec}, options.out, rank)
+            return _report(options, segmenter, data, scores, {"data": spec}, options.out, hashes)
         from pmpseg.report import rows
 
         found, of_name = {}, {}
@@ -56,7 +57,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
             found[benchmark.title] = scores = _evaluate(options, segmenter, data, labels)
             said = {"benchmark": name, "root": options.root, "remark": data.remark}
             said |= {"image_size": data.image_size, "max_size": data.max_size}
-            of_name[name] = _report(options, segmenter, data, scores, said, options.out / f"{name}.json", rank)
+            of_name[name] = _report(options, segmenter, data, scores, said, options.out / f"{name}.json", hashes)
             if rank == 0:  # of those so far: a later one may fail
                 text = rows(options.name or str(options.model), found)
                 with cli.whole_file(options.out / "table.md") as temporary:
@@ -194,6 +195,14 @@ def unseen_classes(asked: Any, learned: Any) -> list[int]:
     return [index for index, words in enumerate(asked.synonyms) if not known & {word.casefold() for word in words}]
 
 
+def _hashes(segmenter: Any) -> dict[str, str]:
+    """Of the weights of all parts that answer: once for all benchmarks, since a CLIP has hundreds of megabytes."""
+    from pmpseg.storage import weights_hash
+
+    parts = {"network": segmenter.network, "text": segmenter.text, "region": segmenter.region}
+    return {name: weights_hash(part) for name, part in parts.items() if part is not None}
+
+
 def _evaluate(options: Namespace, segmenter: Any, data: Any, save_labels: Path | None) -> dict[str, Any]:
     return evaluate(
         segmenter,
@@ -212,27 +221,35 @@ def _evaluate(options: Namespace, segmenter: Any, data: Any, save_labels: Path |
 
 
 def _report(
-    options: Namespace, segmenter: Any, data: Any, scores: dict[str, Any], of_data: dict[str, Any], out: Path, rank: int
+    options: Namespace,
+    segmenter: Any,
+    data: Any,
+    scores: dict[str, Any],
+    of_data: dict[str, Any],
+    out: Path,
+    hashes: dict[str, str],
 ) -> dict[str, float]:
-    """Prints the scores and saves them with all that they depend on; returns the single numbers."""
+    """Prints the scores and saves them with all that they depend on; returns the single numbers.
+
+    Without ``hashes``, in a process that is not the first, it only does the last.
+    """
     from pmpseg.evaluation import as_json, numbers
     from pmpseg.report import table, usage_line
-    from pmpseg.storage import weights_hash
 
-    if rank > 0:
+    if not hashes:
         return numbers(scores)
     unseen, region, text = getattr(data, "unseen", None), segmenter.region, segmenter.text
     asked = {key: getattr(options, key) for key in ("model", "region", "split", "phrase_mode", "prompt_form")} | of_data
     if options.prompt_form == "mixed":
         asked["text_weight"] = options.text_weight
     asked["options"] = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k not in asked}
-    asked |= {"views": asdict(views_of(options)), "square": segmenter.square, "weights_sha256": weights_hash(segmenter.network)}
+    asked |= {"views": asdict(views_of(options)), "square": segmenter.square, "weights_sha256": hashes["network"]}
     asked["text"] = {"name": getattr(text, "name", None), "templates": list(getattr(text, "templates", ()))}
-    asked["text"]["sha256"] = weights_hash(text)
+    asked["text"]["sha256"] = hashes["text"]
     asked["phrase_threshold"] = segmenter.threshold if options.threshold is None else options.threshold
     if region is not None:
         of_region = {"weight": region.classifier.weight, "templates": list(region.text.templates)}
-        of_region |= {"contrast": list(region.contrast), "sha256": weights_hash(region)}
+        of_region |= {"contrast": list(region.contrast), "sha256": hashes["region"]}
         asked["second_stage"] = region.classifier.config | of_region
     asked["classes"] = dict(zip(data.vocabulary.names, data.vocabulary.synonyms, strict=True))
     asked["unseen"] = [data.vocabulary.names[i] for i in (data.vocabulary.unseen if unseen is None else unseen)]

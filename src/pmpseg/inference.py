@@ -68,28 +68,42 @@ def semantic_labels(
     nothing but that a (K, H, W) product never exists. ``transformers``: scores at 384 x 384 pixels, then resized, as its
     ``post_process_semantic_segmentation`` does. ``factors``: of the scores of some classes.
     """
+    count = len_of_list(prediction)
+    scores: Callable[[slice], Tensor]
+    if transformers and isinstance(prediction, Prediction):
+        probabilities, masks = prediction.probabilities(), by_way_of_transformers(prediction.mask_logits).sigmoid()
+
+        def scores(some: slice) -> Tensor:
+            small = torch.einsum("bqk,bqhw->bkhw", probabilities[..., some], masks)
+            return F.interpolate(small, size or image_size, mode="bilinear", align_corners=False)
+
+    else:
+        scores = class_scores(prediction, image_size, size)
+    return best_of_chunks(weighed(scores, factors, count, prediction[0]), count, chunk)
+
+
+def class_scores(prediction: Answer, image_size: Size, size: Size | None = None) -> Callable[[slice], Tensor]:
+    """What gives the scores (B, k, *size) of some of the classes; the masks of queries are made at full size once for all."""
     if isinstance(prediction, PixelPrediction):
         logits = prediction.logits
-        weights = as_factors(factors or {}, logits.shape[1], logits)
+        return lambda some: upsample(logits[:, some].sigmoid(), image_size, size, 1)
+    probabilities, masks = prediction.probabilities(), upsample(prediction.mask_logits, image_size, size).sigmoid()
+    return lambda some: torch.einsum("bqk,bqhw->bkhw", probabilities[..., some], masks)
 
-        def by_pixel(some: slice) -> Tensor:
-            return upsample(logits[:, some].sigmoid(), image_size, size, 1) * weights[some, None, None]
 
-        return best_of_chunks(by_pixel, logits.shape[1], chunk)
-    probabilities = prediction.probabilities()  # (B, Q, K)
-    count = probabilities.shape[-1]
-    if factors:
-        probabilities = probabilities * as_factors(factors, count, probabilities)
-    if transformers:
-        masks = by_way_of_transformers(prediction.mask_logits).sigmoid()
-    else:
-        masks = upsample(prediction.mask_logits, image_size, size).sigmoid()
+def len_of_list(prediction: Answer) -> int:
+    """How many prompts were asked."""
+    return prediction.logits.shape[1] if isinstance(prediction, PixelPrediction) else prediction.class_logits.shape[-1] - 1
 
-    def by_query(some: slice) -> Tensor:
-        scores = torch.einsum("bqk,bqhw->bkhw", probabilities[..., some], masks)
-        return F.interpolate(scores, size or image_size, mode="bilinear", align_corners=False) if transformers else scores
 
-    return best_of_chunks(by_query, count, chunk)
+def weighed(
+    scores: Callable[[slice], Tensor], factors: Mapping[int, float] | None, count: int, like: Tensor
+) -> Callable[[slice], Tensor]:
+    """``scores``, those of some of ``count`` classes times their factor."""
+    if not factors:
+        return scores
+    weights = like.new_tensor([factors.get(k, 1.0) for k in range(count)])[:, None, None]
+    return lambda some: scores(some) * weights[some]
 
 
 def best_of_chunks(scores: Callable[[slice], Tensor], count: int, chunk: int) -> Tensor:
@@ -103,11 +117,6 @@ def best_of_chunks(scores: Callable[[slice], Tensor], count: int, chunk: int) ->
         labels = torch.where(best > top, index + start, labels)
         top = torch.maximum(top, best)
     return labels
-
-
-def as_factors(factors: Mapping[int, float], count: int, like: Tensor) -> Tensor:
-    """One number a class, (K,), 1 where nothing is said; of the type and on the device of ``like``."""
-    return like.new_tensor([factors.get(k, 1.0) for k in range(count)])
 
 
 def soft_masks(prediction: Answer) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import InputError
-from .inference import Answer, Size, as_factors, best_of_chunks, upsample
+from .inference import Answer, Size, best_of_chunks, class_scores, len_of_list, weighed
 from .models.prompts import PixelPrediction, Prediction
 
 WEIGHTS = ("triangle", "uniform")
@@ -110,16 +110,15 @@ def merged_labels(
     ``size``: by default that of the first look's whole image. ``chunk`` classes at a time, which changes nothing but the memory:
     masks are made at full size again for every chunk, since those of all looks would take more than the scores.
     """
-    size, count = size or looks[0].whole, _count(looks[0].prediction)
+    size, count = size or looks[0].whole, len_of_list(looks[0].prediction)
     wholes: dict[tuple[Size, bool], list[Look]] = {}  # windows of one image go together
     for one in looks:
         wholes.setdefault((one.whole, one.mirrored), []).append(one)
-    weights = as_factors(factors or {}, count, _tensor(looks[0].prediction))
 
     def scores(some: slice) -> Tensor:
-        return sum((_scores(group, some, size) for group in wholes.values()), torch.zeros(())) * weights[some, None, None]
+        return sum((_scores(group, some, size) for group in wholes.values()), torch.zeros(()))
 
-    return best_of_chunks(scores, count, chunk)
+    return best_of_chunks(weighed(scores, factors, count, looks[0].prediction[0]), count, chunk)
 
 
 def _scores(looks: list[Look], some: slice, size: Size) -> Tensor:
@@ -127,7 +126,7 @@ def _scores(looks: list[Look], some: slice, size: Size) -> Tensor:
     first = looks[0]
     if len(looks) == 1:
         return _of(first, some, size)
-    like, classes = _tensor(first.prediction), range(_count(first.prediction))[some]
+    like, classes = first.prediction[0], range(len_of_list(first.prediction))[some]  # its logits, of pixels or masks
     canvas, total = like.new_zeros(len(like), len(classes), *first.whole), like.new_zeros(first.whole)
     for one in looks:
         rows, columns = (slice(start, start + length) for start, length in zip(one.corner, one.size, strict=True))
@@ -140,11 +139,7 @@ def _scores(looks: list[Look], some: slice, size: Size) -> Tensor:
 
 def _of(one: Look, some: slice, size: Size) -> Tensor:
     """(B, k, *size): the scores of the classes ``some`` in one look, the right way round."""
-    if isinstance(one.prediction, PixelPrediction):
-        found = upsample(one.prediction.logits[:, some].sigmoid(), one.size, size, 1)
-    else:
-        masks = upsample(one.prediction.mask_logits, one.size, size).sigmoid()
-        found = torch.einsum("bqk,bqhw->bkhw", one.prediction.probabilities()[..., some], masks)
+    found = class_scores(one.prediction, one.size, size)(some)
     return found.flip(-1) if one.mirrored else found
 
 
@@ -162,11 +157,3 @@ def _rows(answer: Answer, rows: slice) -> Answer:
         return PixelPrediction(answer.logits[rows])
     fused = None if answer.fused is None else answer.fused[rows]
     return Prediction(answer.mask_logits[rows], answer.class_logits[rows], fused=fused)
-
-
-def _count(answer: Answer) -> int:
-    return answer.logits.shape[1] if isinstance(answer, PixelPrediction) else answer.class_logits.shape[-1] - 1
-
-
-def _tensor(answer: Answer) -> Tensor:
-    return answer.logits if isinstance(answer, PixelPrediction) else answer.mask_logits

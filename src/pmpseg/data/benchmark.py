@@ -12,7 +12,7 @@ from pmpseg.benchmarks import BENCHMARKS, BenchmarkSpec, Layout
 from pmpseg.cli import did_you_mean
 from pmpseg.data.base import SegmentationData, SegmentationDataset
 from pmpseg.data.items import class_list_item
-from pmpseg.data.sources import IMAGE_SUFFIXES, INDEX_MODES, by_stem, open_image, read_indices, upright_size
+from pmpseg.data.sources import IMAGE_SUFFIXES, INDEX_MODES, by_stem, check_pairs, read_indices
 from pmpseg.data.transforms import eval_transform, square_transform
 from pmpseg.errors import InputError
 from pmpseg.images import read_image
@@ -106,13 +106,7 @@ class LabelMaps:
 
     def check_sizes(self) -> None:
         """Compare every image with its label map (headers only)."""
-        for file, path in zip(self.files, self.maps, strict=True):
-            with open_image(file) as image, open_image(path) as label_map:
-                if label_map.mode not in (*INDEX_MODES, "I;16B"):
-                    raise InputError(f"{path} is a {label_map.mode} picture: a label map has one channel of class values")
-                (width, height), (map_width, map_height) = upright_size(image), upright_size(label_map)
-            if (width, height) != (map_width, map_height):
-                raise InputError(f"{path} is {map_width}x{map_height}, its image {width}x{height}: they must have one size")
+        check_pairs(self.files, self.maps, (*INDEX_MODES, "I;16B"))
 
     def labels(self, index: int) -> np.ndarray:
         """(H, W) int32: classes 0..C-1, and the benchmark's ``ignore_index``."""

@@ -9,6 +9,7 @@ Images are read by ``read_image``, as ``predict`` reads them: upright, 16 bits s
 
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,16 +40,7 @@ class MaskFolder:
 
     def check_sizes(self) -> None:
         """Compare every image with its mask (headers only)."""
-        for image_file, mask_file in zip(self.files, self.masks, strict=True):
-            with open_image(image_file) as image, open_image(mask_file) as mask:
-                if mask.mode not in INDEX_MODES:
-                    raise InputError(
-                        f"{mask_file} is a {mask.mode} picture: a mask has one channel of class indices"
-                    )
-                (width, height), (mask_width, mask_height) = upright_size(image), upright_size(mask)
-            if (width, height) != (mask_width, mask_height):
-                sizes = f"{mask_file} is {mask_width}x{mask_height}, its image {width}x{height}"
-                raise InputError(f"{sizes}: a mask must have the size of its image (turned as its EXIF says)")
+        check_pairs(self.files, self.masks)
 
     def read(self, index: int) -> dict:
         labels = read_indices(self.masks[index])
@@ -190,6 +182,20 @@ def open_image(path: Path) -> Image.Image:
     except (OSError, Image.DecompressionBombError) as error:
         reason = "not an image that PIL reads" if isinstance(error, UnidentifiedImageError) else error
         raise InputError(f"{path}: cannot be read as an image ({reason})") from None
+
+
+def check_pairs(images: Sequence[Path], masks: Sequence[Path], modes: Sequence[str] = INDEX_MODES) -> None:
+    """Compare every image with its mask, by their headers. Raises ``InputError`` for a mask of another size, or of colours."""
+    for image_file, mask_file in zip(images, masks, strict=True):
+        with open_image(image_file) as image, open_image(mask_file) as mask:
+            if mask.mode not in modes:
+                raise InputError(
+                    f"{mask_file} is a {mask.mode} picture: a mask has one channel of class indices"
+                )
+            (width, height), (mask_width, mask_height) = upright_size(image), upright_size(mask)
+        if (width, height) != (mask_width, mask_height):
+            sizes = f"{mask_file} is {mask_width}x{mask_height}, its image {width}x{height}"
+            raise InputError(f"{sizes}: a mask must have the size of its image (turned as its EXIF says)")
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
